@@ -1,0 +1,72 @@
+"""Score-based generative modelling with stochastic differential equations."""
+
+from __future__ import annotations
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
+from sde_diffusion.analytic import GaussianMixture
+from sde_diffusion.bound import Bound, continuous_bound, ode_bound, variational_bound
+from sde_diffusion.correctors import AnnealedLangevin, Corrector, Langevin
+from sde_diffusion.ddpm import DDPM
+from sde_diffusion.decoders import DiscretizedGaussian, GaussianDecoder
+from sde_diffusion.learned_schedule import LearnedSchedule
+from sde_diffusion.learned_variance import LearnedVarianceModel
+from sde_diffusion.likelihood import (
+    ExactDivergence,
+    HutchinsonDivergence,
+    Likelihood,
+    bits_per_dim,
+    log_likelihood,
+)
+from sde_diffusion.noise import SampleNoise
+from sde_diffusion.ode import (
+    DormandPrince,
+    Heun,
+    SolverError,
+    TorchDiffEq,
+    encode,
+    probability_flow,
+    sample_ode,
+)
+from sde_diffusion.parametrization import DATA, NOISE, SCORE, Parametrization, V, edm
+from sde_diffusion.predictors import (
+    DDIM,
+    Ancestral,
+    EulerMaruyama,
+    LearnedVariance,
+    Predictor,
+    ReverseDiffusion,
+)
+from sde_diffusion.quantized import QuantizedScoreModel
+from sde_diffusion.sampling import SampleOutput, sample
+from sde_diffusion.score import Score, ScoreModel
+from sde_diffusion.sdes import EDM, SDE, VE, VP, CosineVP, SubVP, VariancePreserving
+from sde_diffusion.times import log_snr_times, quadratic_times, uniform_times
+
+if TYPE_CHECKING:
+    from sde_diffusion.runs import Run as _Run
+
+__version__ = "0.1.0"
+
+
+def load_pretrained(
+    path_or_repo: str | _Path,
+    *,
+    format: str | None = None,
+    config: _Any = None,
+    ema: bool = True,
+) -> ScoreModel:
+    """The score of a published model: see :func:`sde_diffusion.pretrained.load_pretrained`."""
+    # Imported here, so that ``import sde_diffusion`` does not import every network.
+    from sde_diffusion import pretrained
+
+    return pretrained.load_pretrained(path_or_repo, format=format, config=config, ema=ema)
+
+
+def load(workdir: str | _Path, **options: _Any) -> _Run:
+    """A trained run from its folder: see :func:`sde_diffusion.runs.load`."""
+    from sde_diffusion import runs
+
+    return runs.load(workdir, **options)

@@ -1,0 +1,130 @@
+"""Predictors: one step of the reverse process from time ``t`` to ``s < t``, pure in the noise.
+
+Every predictor is a frozen dataclass with ``step(sde, score, x, t, s, noise) -> x_s``; ``x`` and ``noise``
+have shape (B, *D), ``t`` and ``s`` shape () or (B,). Each asks for the score once. With ``noise = 0`` a
+step gives its mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.errors import unknown_name
+from sde_diffusion.score import Score
+from sde_diffusion.sdes import SDE
+from sde_diffusion.tensors import expand
+from sde_diffusion.variances import Limits, ReverseVariance
+
+
+class Predictor(Protocol):
+    """One step of the reverse process."""
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """The state at ``s < t`` given the state ``x`` at ``t``."""
+        ...
+
+
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """``x_s = x - [f x - g^2 score] (t - s) + g sqrt(t - s) z``: the reverse SDE by Euler and Maruyama.
+
+    The step is the true ``t - s`` of the grid. Reference: Song et al. (2021), eq. 6.
+    """
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """The state at ``s``."""
+        f, g2 = sde.f_and_g2(t)
+        h = t - s
+        drift = expand(f, x) * x - expand(g2, x) * score(x, t)
+        return x - drift * expand(h, x) + expand((g2 * h).sqrt(), x) * noise
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion:
+    """``x_s = (2 - ratio) x + var score + sqrt(var) z``: the reverse SDE discretized as the forward one.
+
+    The forward step is ``x_t = ratio x_s + sqrt(var) z``, the exact kernel of the SDE between the two
+    times; on the grid of a :class:`~sde_diffusion.ddpm.DDPM` chain it is the chain's. Reference: Song et
+    al. (2021), appendix E, eq. 45 and 46.
+    """
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """The state at ``s``."""
+        ratio, var = sde.transition(s, t)
+        return expand(2 - ratio, x) * x + expand(var, x) * score(x, t) + expand(var.sqrt(), x) * noise
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """``x_s = (x + var score) / ratio + sqrt(v) z``: ancestral sampling, for every linear SDE.
+
+    The mean is ``E[x_s | x_t]`` (Tweedie). ``v`` is the variance of ``q(x_s | x_t, x_0)``:
+    ``variance="small"`` knows ``x_0``, ``var variance_s / variance_t`` (beta-tilde of DDPM; SMLD's
+    ancestral step); ``variance="large"`` takes ``var`` (beta of DDPM). They are the two extremes for a
+    point and for a unit normal (Ho et al. 2020, section 3.2; Song et al. 2021, appendix F).
+    """
+
+    variance: str = "small"
+
+    def __post_init__(self) -> None:
+        if self.variance not in ("small", "large"):
+            raise unknown_name("variance", self.variance, ("small", "large"))
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """The state at ``s``."""
+        mean = sde.posterior_mean(x, score(x, t), t, s)
+        v = sde.posterior(s, t)[2] if self.variance == "small" else sde.transition(s, t)[1]
+        return mean + expand(v.sqrt(), x) * noise
+
+
+@dataclass(frozen=True)
+class LearnedVariance:
+    """``x_s = (x + var score) / ratio + sqrt(v) z`` with a variance that depends on the state: ancestral sampling
+    from a model with learned variances (Nichol & Dhariwal 2021, section 3.1).
+
+    ``variance`` is asked after the score, at the same state and time, so that a
+    :class:`~sde_diffusion.learned_variance.LearnedVarianceModel` evaluates its network once for both. A step to the
+    data themselves (``variance_s = 0``) adds no noise.
+
+    Args:
+        variance: ``(x, t, limits) -> log v``, such as ``model.reverse_variance``; see :mod:`sde_diffusion.variances`.
+    """
+
+    variance: ReverseVariance
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """The state at ``s``."""
+        mean = sde.posterior_mean(x, score(x, t), t, s)
+        log_v = self.variance(x, t, Limits.of(sde, s, t))
+        return mean + torch.where(expand(sde.variance(s), x) > 0, (0.5 * log_v).exp(), 0) * noise
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """``x_s = alpha_s x_0 + sqrt(variance_s - v) eps + sqrt(v) z`` with ``v = eta^2 var variance_s /
+    variance_t``.
+
+    ``x_0`` and ``eps`` are the expected data and noise at ``(x, t)``. ``eta = 0`` is deterministic, the
+    exponential Euler step of the probability-flow ODE; ``eta = 1`` is ancestral sampling (Song et al. 2020,
+    "Denoising diffusion implicit models", eq. 12 and 16).
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must lie between 0 and 1, got {self.eta!r}")
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
+        """The state at ``s``."""
+        gradient = score(x, t)
+        eps = -expand(sde.sigma(t), x) * gradient
+        x0 = sde.posterior_mean(x, gradient, t)
+        v = self.eta**2 * sde.posterior(s, t)[2]
+        deterministic = (sde.variance(s) - v).clamp_min(0).sqrt()
+        mean = expand(sde.alpha(s), x) * x0 + expand(deterministic, x) * eps
+        return mean if self.eta == 0 else mean + expand(torch.sqrt(v), x) * noise

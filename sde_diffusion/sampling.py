@@ -1,0 +1,166 @@
+"""The one sampling loop: a predictor along a grid of times, with correctors in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sde_diffusion.correctors import Corrector
+from sde_diffusion.errors import unknown_name
+from sde_diffusion.noise import NoiseSource, SampleNoise
+from sde_diffusion.predictors import Predictor
+from sde_diffusion.score import Score
+from sde_diffusion.sdes import SDE
+from sde_diffusion.times import check_times, uniform_times
+
+ORDERS = ("corrector-first", "predictor-first")
+
+
+@dataclass
+class CountedScore:
+    """A score that counts its evaluations: NFE is counted where it happens."""
+
+    score: Score
+    evaluations: int = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The score, one evaluation more."""
+        self.evaluations += 1
+        return self.score(x, t)
+
+
+@dataclass(frozen=True)
+class SampleOutput:
+    """The result of a sampler.
+
+    Attributes:
+        x: the samples, (B, *D).
+        nfe: network evaluations per sample.
+        trajectory: the state at every time of the grid, (n + 1, B, *D), where asked for.
+    """
+
+    x: Tensor
+    nfe: int
+    trajectory: Tensor | None = field(default=None, repr=False)
+
+
+def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape (B, *D) of positive integers, or a clear error."""
+    shape = tuple(shape)
+    if len(shape) < 2 or any(not isinstance(n, int) or n < 1 for n in shape):
+        raise ValueError(f"a shape must be (batch, *data) with positive integers, got {shape}")
+    return shape
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """A clear error for a state in less than single precision."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"the state must be float32 or float64, got {dtype}")
+
+
+@torch.no_grad()
+def sample(
+    sde: SDE,
+    score: Score,
+    shape: Sequence[int],
+    *,
+    predictor: Predictor,
+    correctors: Sequence[Corrector] = (),
+    times: Tensor | None = None,
+    seed: int = 0,
+    first_index: int = 0,
+    noise: NoiseSource | None = None,
+    x_init: Tensor | None = None,
+    order: str = "corrector-first",
+    denoise: bool = True,
+    trajectory: bool = False,
+    progress: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> SampleOutput:
+    """Predictor-corrector samples from the reverse process (Song et al. 2021, algorithm 1).
+
+    Starts from ``N(0, sigma(t_max)^2 I)``, and goes along ``times``. At every time ``t``,
+    ``"corrector-first"`` (the order of the authors' code, the default) applies the correctors at ``t`` and
+    then the predictor from ``t`` to ``s``; ``"predictor-first"`` (the order of their algorithm 1) predicts
+    first and corrects at ``s``. Last, the noise left at the end of the grid is removed by the posterior
+    mean of the data (``denoise``, one evaluation more).
+
+    Sample ``i`` of a seed depends on ``(seed, first_index + i)`` and nothing else: not on the batch size or
+    the device.
+
+    Args:
+        sde: the forward process.
+        score: ``(x, t) -> grad log p_t(x)``; a network or analytic.
+        shape: (B, *D).
+        predictor: the step between two times.
+        correctors: applied in order, each ``corrector.steps`` times.
+        times: falling times, (n + 1,) for n steps; default ``uniform_times(sde, 1000)``.
+        seed: of the noise.
+        first_index: the index of the first sample, to draw a large set in batches.
+        noise: a source of standard normal draws instead of the seed. Order of consumption: the initial
+            state (unless ``x_init`` is given), then within each step one draw for each corrector step and
+            one for the predictor, in the order they run.
+        x_init: the initial state at ``times[0]`` instead of the prior.
+        order: ``"corrector-first"`` or ``"predictor-first"``.
+        denoise: whether to end with the posterior mean of the data.
+        trajectory: whether to keep the state at every time.
+        progress: whether to show a progress bar.
+        dtype: of the state; float32 or float64.
+        device: of the state.
+
+    Returns:
+        The samples and the number of score evaluations per sample.
+
+    Raises:
+        ValueError: a shape, grid, order or seed that makes no sense.
+    """
+    shape = check_shape(shape)
+    if order not in ORDERS:
+        raise unknown_name("order", order, ORDERS)
+    check_dtype(dtype)
+    grid = check_times(sde, uniform_times(sde, 1000) if times is None else times).to(device)
+    if noise is None:
+        rows = range(first_index, first_index + shape[0])
+        noise = SampleNoise(seed, rows, shape[1:], dtype=dtype, device=device).normal
+    source = noise
+
+    def draw() -> Tensor:
+        z = source()
+        if tuple(z.shape) != shape:
+            # Broadcast, it would give the samples of a batch the same noise.
+            raise ValueError(f"the noise must have shape {shape}, got {tuple(z.shape)}")
+        return z.to(device=device, dtype=dtype)
+
+    if x_init is None:
+        x = sde.sigma(grid[0]).to(dtype) * draw()
+    else:
+        if tuple(x_init.shape) != shape:
+            raise ValueError(f"x_init must have shape {shape}, got {tuple(x_init.shape)}")
+        x = x_init.to(device=device, dtype=dtype)
+    counted = CountedScore(score)
+    states = [x]
+
+    def correct(x: Tensor, t: Tensor) -> Tensor:
+        for corrector in correctors:
+            for _ in range(corrector.steps):
+                x = corrector.step(sde, counted, x, t, draw())
+        return x
+
+    steps = range(len(grid) - 1)
+    for i in tqdm(steps, desc="sampling", disable=not progress, leave=False):
+        t, s = grid[i], grid[i + 1]
+        if order == "corrector-first":
+            x = correct(x, t)
+        x = predictor.step(sde, counted, x, t, s, draw())
+        if order == "predictor-first":
+            x = correct(x, s)
+        if trajectory:
+            states.append(x)
+    if denoise:
+        x = sde.posterior_mean(x, counted(x, grid[-1]), grid[-1])
+    return SampleOutput(x, counted.evaluations, torch.stack(states) if trajectory else None)
