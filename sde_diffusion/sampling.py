@@ -12,7 +12,7 @@ from tqdm import tqdm
 from sde_diffusion.correctors import Corrector
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.noise import NoiseSource, SampleNoise
-from sde_diffusion.predictors import Predictor
+from sde_diffusion.predictors import Predictor, is_stochastic, start_run
 from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 from sde_diffusion.times import check_times, uniform_times
@@ -104,7 +104,7 @@ def sample(
         first_index: the index of the first sample, to draw a large set in batches.
         noise: a source of standard normal draws instead of the seed. Order of consumption: the initial
             state (unless ``x_init`` is given), then within each step one draw for each corrector step and
-            one for the predictor, in the order they run.
+            one for the predictor if it is stochastic, in the order they run.
         x_init: the initial state at ``times[0]`` instead of the prior.
         order: ``"corrector-first"`` or ``"predictor-first"``.
         denoise: whether to end with the posterior mean of the data.
@@ -151,12 +151,15 @@ def sample(
                 x = corrector.step(sde, counted, x, t, draw())
         return x
 
+    stepper = start_run(predictor, sde, grid, draw)
+    # For a deterministic predictor nothing is drawn: noise costs more than its step does.
+    still = None if is_stochastic(predictor) else x.new_zeros(()).expand(shape)
     steps = range(len(grid) - 1)
     for i in tqdm(steps, desc="sampling", disable=not progress, leave=False):
         t, s = grid[i], grid[i + 1]
         if order == "corrector-first":
             x = correct(x, t)
-        x = predictor.step(sde, counted, x, t, s, draw())
+        x = stepper.step(sde, counted, x, t, s, draw() if still is None else still)
         if order == "predictor-first":
             x = correct(x, s)
         if trajectory:

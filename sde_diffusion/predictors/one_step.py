@@ -1,14 +1,8 @@
-"""Predictors: one step of the reverse process from time ``t`` to ``s < t``, pure in the noise.
-
-Every predictor is a frozen dataclass with ``step(sde, score, x, t, s, noise) -> x_s``; ``x`` and ``noise``
-have shape (B, *D), ``t`` and ``s`` shape () or (B,). Each asks for the score once. With ``noise = 0`` a
-step gives its mean.
-"""
+"""Predictors that ask for the score once in a step and remember nothing. With ``noise = 0`` a step gives its mean."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,14 +12,6 @@ from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import expand
 from sde_diffusion.variances import Limits, ReverseVariance
-
-
-class Predictor(Protocol):
-    """One step of the reverse process."""
-
-    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
-        """The state at ``s < t`` given the state ``x`` at ``t``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -118,6 +104,11 @@ class DDIM:
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must lie between 0 and 1, got {self.eta!r}")
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step uses its noise."""
+        return self.eta > 0
 
     def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """The state at ``s``."""
