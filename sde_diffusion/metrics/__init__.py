@@ -18,16 +18,21 @@ from sde_diffusion.metrics.distances import (
     sliced_wasserstein,
     two_sample_report,
 )
+from sde_diffusion.metrics.frechet import ClassifierFeatures, bootstrap_frechet, frechet_distance
 from sde_diffusion.metrics.neighbours import NearestNeighbours, nearest_neighbours
+from sde_diffusion.metrics.transport import wasserstein2
 
 __all__ = [
     "RBF",
+    "ClassifierFeatures",
     "Distance",
     "Estimate",
     "NearestNeighbours",
     "Polynomial",
+    "bootstrap_frechet",
     "classifier_report",
     "energy_distance",
+    "frechet_distance",
     "gaussian_mixture_baseline",
     "image_classifier",
     "median_bandwidth",
@@ -36,4 +41,5 @@ __all__ = [
     "permutation_test",
     "sliced_wasserstein",
     "two_sample_report",
+    "wasserstein2",
 ]
