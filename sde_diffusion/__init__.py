@@ -26,18 +26,24 @@ from sde_diffusion.ode import (
     Heun,
     SolverError,
     TorchDiffEq,
-    encode,
     probability_flow,
-    sample_ode,
 )
+from sde_diffusion.ode_sampling import encode, sample_ode
 from sde_diffusion.parametrization import DATA, NOISE, SCORE, Parametrization, V, edm
 from sde_diffusion.predictors import (
     DDIM,
+    DEIS,
+    IPNDM,
+    RK4,
     Ancestral,
+    DPMSolverPP,
+    EDMHeun,
     EulerMaruyama,
+    FlowSolver,
     LearnedVariance,
     Predictor,
     ReverseDiffusion,
+    UniPC,
 )
 from sde_diffusion.quantized import QuantizedScoreModel
 from sde_diffusion.sampling import SampleOutput, sample

@@ -34,7 +34,8 @@ from sde_diffusion.losses import (
     AntitheticDraw,
 )
 from sde_diffusion.networks import MLP, DiT, UNet
-from sde_diffusion.ode import DormandPrince, Heun, Solver, sample_ode
+from sde_diffusion.ode import DormandPrince, Heun, Solver
+from sde_diffusion.ode_sampling import sample_ode
 from sde_diffusion.parametrization import NOISE, parametrization
 from sde_diffusion.predictors import (
     DDIM,
@@ -378,7 +379,7 @@ class PCSampler:
 
 @dataclass(frozen=True)
 class ODESampler:
-    """:func:`~sde_diffusion.ode.sample_ode` with its settings."""
+    """:func:`~sde_diffusion.ode_sampling.sample_ode` with its settings."""
 
     solver: Solver
     t_end: float | None

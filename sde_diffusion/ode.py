@@ -8,7 +8,7 @@ A solver is a small frozen dataclass with ``solve(field, x, t0, t1)``, in either
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -17,8 +17,6 @@ import torchdiffeq
 from torch import Tensor
 
 from sde_diffusion.errors import unknown_name
-from sde_diffusion.noise import SampleNoise
-from sde_diffusion.sampling import CountedScore, SampleOutput, check_dtype, check_shape
 from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import expand
@@ -284,67 +282,3 @@ class TorchDiffEq:
             counted, x, times, rtol=self.rtol, atol=self.atol, method=self.method, options=options
         )
         return Solution(path[-1], torch.full((x.shape[0],), evaluations, device=x.device))
-
-
-@torch.no_grad()
-def sample_ode(
-    sde: SDE,
-    score: Score,
-    shape: Sequence[int],
-    *,
-    solver: Solver | None = None,
-    seed: int = 0,
-    first_index: int = 0,
-    x_init: Tensor | None = None,
-    t_end: float | None = None,
-    denoise: bool = True,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-) -> SampleOutput:
-    """Samples from the probability-flow ODE: ``N(0, sigma(t_max)^2 I)`` carried from ``t_max`` to ``t_end``.
-
-    Sample ``i`` of a seed depends on ``(seed, first_index + i)`` only, given a solver that treats samples
-    alone (the default).
-
-    Args:
-        sde, score, shape, seed, first_index, denoise, dtype, device: as in
-            :func:`sde_diffusion.sampling.sample`.
-        solver: default ``DormandPrince(rtol=1e-5, atol=1e-5)``.
-        x_init: latents of the given shape at ``t_max`` instead of the prior.
-        t_end: where the ODE ends; default ``sde.t_min``.
-
-    Returns:
-        The samples, and the largest number of evaluations that a sample needed.
-
-    Raises:
-        ValueError: a shape, type, end or seed that makes no sense.
-        SolverError: samples for which the tolerance cannot be met.
-    """
-    shape = check_shape(shape)
-    check_dtype(dtype)
-    end = sde.t_min if t_end is None else float(t_end)
-    if not 0 <= end < sde.t_max:
-        raise ValueError(f"t_end must lie between 0 and t_max = {sde.t_max}, got {end}")
-    if x_init is None:
-        rows = range(first_index, first_index + shape[0])
-        x_init = sde.prior_std * SampleNoise(seed, rows, shape[1:], dtype=dtype, device=device).normal()
-    elif tuple(x_init.shape) != shape:
-        raise ValueError(f"x_init must have shape {shape}, got {tuple(x_init.shape)}")
-    x = x_init.to(device=device, dtype=dtype)
-    solution = (solver or DormandPrince()).solve(probability_flow(sde, score), x, sde.t_max, end)
-    x, nfe = solution.x, int(solution.evaluations.max())
-    if denoise:
-        counted = CountedScore(score)
-        t = torch.tensor(end, dtype=torch.float64, device=x.device)
-        x = sde.posterior_mean(x, counted(x, t), t)
-        nfe += counted.evaluations
-    return SampleOutput(x, nfe)
-
-
-@torch.no_grad()
-def encode(sde: SDE, score: Score, x: Tensor, *, solver: Solver | None = None) -> SampleOutput:
-    """The latent at ``t_max`` of data ``x`` (B, *D) at ``t_min``, through the probability-flow ODE."""
-    check_shape(x.shape)
-    check_dtype(x.dtype)
-    solution = (solver or DormandPrince()).solve(probability_flow(sde, score), x, sde.t_min, sde.t_max)
-    return SampleOutput(solution.x, int(solution.evaluations.max()))
