@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -107,7 +108,7 @@ def sample(
             one for the predictor if it is stochastic, in the order they run.
         x_init: the initial state at ``times[0]`` instead of the prior.
         order: ``"corrector-first"`` or ``"predictor-first"``.
-        denoise: whether to end with the posterior mean of the data.
+        denoise: whether to end with the posterior mean of the data, where the grid ends with noise.
         trajectory: whether to keep the state at every time.
         progress: whether to show a progress bar.
         dtype: of the state; float32 or float64.
@@ -154,9 +155,8 @@ def sample(
     stepper = start_run(predictor, sde, grid, draw)
     # For a deterministic predictor nothing is drawn: noise costs more than its step does.
     still = None if is_stochastic(predictor) else x.new_zeros(()).expand(shape)
-    steps = range(len(grid) - 1)
-    for i in tqdm(steps, desc="sampling", disable=not progress, leave=False):
-        t, s = grid[i], grid[i + 1]
+    steps = list(itertools.pairwise(grid.unbind()))
+    for t, s in tqdm(steps, desc="sampling", disable=not progress, leave=False):
         if order == "corrector-first":
             x = correct(x, t)
         x = stepper.step(sde, counted, x, t, s, draw() if still is None else still)
@@ -164,6 +164,6 @@ def sample(
             x = correct(x, s)
         if trajectory:
             states.append(x)
-    if denoise:
+    if denoise and float(sde.variance(grid[-1])) > 0:
         x = sde.posterior_mean(x, counted(x, grid[-1]), grid[-1])
     return SampleOutput(x, counted.evaluations, torch.stack(states) if trajectory else None)

@@ -8,8 +8,7 @@ where the outputs before the first are not known: the order grows with the first
 nothing one could measure, for there ``D`` hardly depends on time (its derivative falls as ``(alpha / sigma)^2``).
 
 The order falls to 1 in a step to the data themselves, where ``lambda`` is infinite, and, with ``lower_order_final``,
-to 2 and 1 in the last two steps. Where another hand has moved the state since the last step (a Langevin corrector),
-the outputs that are remembered belong to another trajectory; see :class:`MultistepRun`.
+to 2 and 1 in the last two steps.
 """
 
 from __future__ import annotations
@@ -120,31 +119,28 @@ def coefficients(
 class MultistepRun:
     """One run along a grid: the coefficients, and the outputs of the steps before, newest first.
 
-    A state that is not the one the last step gave has been moved by another hand. With ``forget`` the run then begins
-    anew from there, with the order growing again; a corrector of the method's own is left out in any case, for what
-    it would correct is no longer there.
+    A state that is not the one the last step gave has been moved by another hand (a Langevin corrector): then the
+    method's own corrector is left out, for what it would correct is no longer there. The outputs before are kept,
+    although they belong to another trajectory: with Langevin steps of the usual size the slope that they tell is
+    worth more than the noise that they bring.
     """
 
-    def __init__(self, table: Coefficients, *, forget: bool = False) -> None:
+    def __init__(self, table: Coefficients) -> None:
         self._table = table
         self._outputs: list[Tensor] = []
         self._given: Tensor | None = None  # the state of the last step
         self._order = 0  # of the last step
         self._steps = iter(range(len(table.keep)))
         self._memory = max(table.weights) - (0 if table.corrections else 1)
-        self._forget = forget
 
     def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """The state at ``s``, the next time of the grid."""
         table, i = self._table, next_step(self._steps)
-        followed = x is self._given
-        if not followed and self._forget:
-            self._outputs.clear()
         on_state, on_score = table.outputs[i]
         outputs = [combine([(on_score, score(x, t)), (on_state, x)]), *self._outputs]
-        order = min(len(outputs), table.orders[i])
-        keep, weights = table.keep[i], list(table.weights[order][i])
-        if followed and table.corrections:
+        keep, order = table.keep[i], table.orders[i]
+        weights = list(table.weights[order][i])
+        if table.corrections and x is self._given:
             # The state corrected with its own output, and the step from there, are one sum of the same terms.
             change = table.corrections[self._order][i - 1]
             weights += [0.0] * (len(change) - len(weights))

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.noise import NoiseSource
+from sde_diffusion.predictors.exponential import DATA
+from sde_diffusion.predictors.protocol import Predictor
+from sde_diffusion.predictors.stages import StagesRun, first_order
 from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import expand
@@ -109,6 +113,12 @@ class DDIM:
     def stochastic(self) -> bool:
         """Whether a step uses its noise."""
         return self.eta > 0
+
+    def start(self, sde: SDE, times: Tensor, draw: NoiseSource) -> Predictor:
+        """One run along ``times``: without noise, with all coefficients ready."""
+        if self.stochastic:
+            return self
+        return StagesRun(lambda _, start, end: first_order(DATA, start, end), DATA, sde, times)
 
     def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """The state at ``s``."""
