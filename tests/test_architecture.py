@@ -75,7 +75,16 @@ LEARNING = {
 LEARNING |= {"checkpoint", "ema", "data", "metrics", "pictures"}
 LEARNING |= {"chain_losses", "learned_variance"}
 ANY_SCORE = ("sdes", "ddpm", "schedules", "learned_schedule", "variances", "decoders", "analytic", "times")
-ANY_SCORE += ("predictors", "correctors", "sampling", "reverse_steps", "ode", "ode_sampling", "likelihood", "bound")
+ANY_SCORE += (
+    "predictors",
+    "correctors",
+    "sampling",
+    "reverse_steps",
+    "ode",
+    "ode_sampling",
+    "likelihood",
+    "bound",
+)
 NEVER = dict.fromkeys(ANY_SCORE, LEARNING)
 TYPES = {f"{PACKAGE}.score.Score"}
 # ... and these know of nothing but what is named here (and themselves).
