@@ -12,7 +12,7 @@ VARIANTS = ("linear", "cosine", "learned_variance")
 
 
 def get_config(variant: str = "linear") -> ConfigDict:
-    """The chain of ``configs/digits_ddpm.py`` with the network of ``configs/mnist.py``; for a GPU, or patience."""
+    """The chain of ``configs/digits_ddpm.py`` with a wider U-Net; for a GPU, or patience."""
     if variant not in VARIANTS:
         raise unknown_name("variant of this config", variant, VARIANTS)
     config = default_config()

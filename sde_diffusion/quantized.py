@@ -19,45 +19,16 @@ diffusion models", eq. 11), there at the last step only.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sde_diffusion.cells import expected_noise
 from sde_diffusion.parametrization import NOISE
 from sde_diffusion.score import LOG_NOISE, Conditioning, ScoreModel
 from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import batched_time, expand
-
-_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
-_NARROW = 1e-3
-
-
-def truncated_normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """``log P(a < u < b)`` and ``E[u | a < u < b]`` for ``u ~ N(0, 1)`` and ``a < b``, elementwise.
-
-    Both keep their digits in the tails (by ``log Phi`` on the side where it is small) and for narrow cells
-    (by the series of the density around the middle, with an error of order ``(b - a)^4``). Meant for
-    float64.
-    """
-    # By symmetry every cell can be put on the negative side.
-    mirrored = a + b > 0
-    low, high = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
-    width, middle = b - a, (low + high) / 2
-    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
-    log_mass = log_high + torch.log(-torch.expm1((log_low - log_high).clamp_max(-1e-15)))
-    mean = (-0.5 * low.square() - _LOG_SQRT_2PI - log_mass).exp() - (
-        -0.5 * high.square() - _LOG_SQRT_2PI - log_mass
-    ).exp()
-    narrow = width * (1 + middle.abs()) < _NARROW
-    curvature = (middle.square() - 1) * width.square() / 24
-    narrow_mass = width.log() - 0.5 * middle.square() - _LOG_SQRT_2PI + torch.log1p(curvature.clamp_min(-0.5))
-    log_mass = torch.where(narrow, narrow_mass, log_mass)
-    mean = torch.where(narrow, middle * (1 - width.square() / 12), mean)
-    # Rounding must not carry a mean out of its cell.
-    mean = torch.minimum(torch.maximum(mean, low), high)
-    return log_mass, torch.where(mirrored, -mean, mean)
 
 
 class QuantizedScoreModel(ScoreModel):
@@ -98,12 +69,8 @@ class QuantizedScoreModel(ScoreModel):
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         logits = self._output(x, t, alpha, sigma, cond)
         logits = logits.unflatten(1, (x.shape[1], self.levels)).movedim(2, -1)
-        edges = torch.linspace(-1, 1, self.levels + 1, dtype=torch.float64, device=x.device)
-        x64 = x.double()
-        cells = (edges - (x64 / expand(alpha, x64))[..., None]) / expand(sigma / alpha, x64)[..., None]
-        log_mass, mean = truncated_normal(cells[..., :-1], cells[..., 1:])
-        posterior = (logits + log_mass).softmax(-1)
-        return -(posterior * mean).sum(-1).to(torch.promote_types(x.dtype, torch.float32))
+        y = x.double()
+        return expected_noise(logits, y / expand(alpha, y), sigma / alpha)
 
     def predict_data(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The denoised data ``E[x_0 | x_t = x]``, (B, C, *S)."""

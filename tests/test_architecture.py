@@ -29,7 +29,7 @@ EDGE = (
     "jobs",
     "run",
 )
-FORWARD = "sdes ddpm schedules learned_schedule parametrization variances decoders noise analytic"
+FORWARD = "cells sdes ddpm schedules learned_schedule parametrization variances decoders noise analytic"
 CHAINS = (
     (
         "errors tensors",

@@ -1,0 +1,125 @@
+"""Normal noise on grey levels: against quadrature, and the fast ways against the plain one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import Tensor
+
+from sde_diffusion import cells
+from sde_diffusion.cells import expected_noise, series, truncated_normal
+
+
+def plain(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
+    """All cells in float64 as the formula stands."""
+    return cells._all_cells(logits.double(), y.double(), s)
+
+
+@pytest.mark.parametrize("low", [-9.0, -3.0, -0.2, 0.0, 0.4, 6.0])
+@pytest.mark.parametrize("width", [1e-4, 0.05, 0.5, 3.0])
+def test_a_cell_has_the_mass_and_mean_of_quadrature(low: float, width: float) -> None:
+    reference = -0.5 * low**2  # so that quadrature sees numbers of order 1
+    density = lambda u: math.exp(-0.5 * u * u - reference)  # noqa: E731
+    mass, _ = integrate.quad(density, low, low + width, epsabs=0, epsrel=1e-13)
+    first, _ = integrate.quad(lambda u: u * density(u), low, low + width, epsabs=1e-16, epsrel=1e-13)
+    a = torch.tensor([low], dtype=torch.float64)
+    log_mass, mean = truncated_normal(a, a + width)
+    want = math.log(mass) + reference - 0.5 * math.log(2 * math.pi)
+    assert float(log_mass) == pytest.approx(want, abs=2e-8)
+    assert float(mean) == pytest.approx(first / mass, abs=1e-6 * (1 + abs(low)) * width + 1e-9)
+
+
+def test_the_series_agrees_with_scipy_to_its_order() -> None:
+    middle = torch.linspace(-4, 4, 101, dtype=torch.float64)
+    errors = []
+    for width in (0.5, 0.25):
+        log_mass, mean = series(middle, torch.full_like(middle, width))
+        a, b = (middle - width / 2).numpy(), (middle + width / 2).numpy()
+        # Masses on the negative side, where a difference of two of Phi keeps its digits.
+        low, high = np.where(a + b > 0, -b, a), np.where(a + b > 0, -a, b)
+        mass = stats.norm.cdf(high) - stats.norm.cdf(low)
+        centre = stats.norm.cdf(width / 2) - stats.norm.cdf(-width / 2)
+        want = np.log(mass / centre)
+        truth = (stats.norm.pdf(a) - stats.norm.pdf(b)) / mass
+        errors.append((np.abs(log_mass.numpy() - want).max(), np.abs(mean.numpy() - truth).max()))
+    (mass_coarse, mean_coarse), (mass_fine, mean_fine) = errors
+    assert mass_coarse < 1e-4 and mean_coarse < 1e-4
+    # The first term left out is of the eighth order: a slip in any coefficient costs orders.
+    assert mass_coarse / mass_fine > 2**7 and mean_coarse / mean_fine > 2**7
+
+
+def problem(levels: int, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(levels)
+    shape = (len(s), 1, 4, 5)
+    logits = 3 * torch.randn(*shape, levels, generator=generator, dtype=torch.float64)
+    x0 = 2 * torch.rand(*shape, generator=generator, dtype=torch.float64) - 1
+    x0[:, :, 0] = -1 + 1e-3  # at the edge, where most pixels of digits are
+    noise = torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return logits, x0 + s.reshape(-1, 1, 1, 1) * noise, s
+
+
+@pytest.mark.parametrize("levels", [34, 100, 256])
+def test_the_fast_ways_agree_with_the_plain_one(levels: int) -> None:
+    s = torch.logspace(-4, 2, 25, dtype=torch.float64)
+    logits, y, s = problem(levels, s)
+    smooth = 2 / levels <= 0.5 * s
+    assert smooth.any() and not smooth.all(), "both ways are to be tried"
+    error = (expected_noise(logits, y, s) - plain(logits, y, s)).abs().amax((1, 2, 3))
+    assert float(error[~smooth].max()) < 1e-10
+    assert float(error[smooth].max()) < 1e-4
+    assert float(error[s > 8 / levels].max()) < 1e-6
+
+
+def test_float32_logits_lose_what_float32_must() -> None:
+    s = torch.logspace(-3.5, 1.5, 25, dtype=torch.float64)
+    logits, y, s = problem(256, s)
+    single = expected_noise(logits.float(), y, s)
+    assert single.dtype == torch.float32
+    assert float((single - expected_noise(logits, y, s)).abs().max()) < 1e-4
+
+
+def test_few_levels_are_computed_as_they_stand() -> None:
+    logits, y, s = problem(17, torch.logspace(-3, 1, 7, dtype=torch.float64))
+    assert torch.equal(expected_noise(logits, y, s), plain(logits, y, s))
+
+
+def test_gradients_reach_logits_and_state() -> None:
+    logits, y, s = problem(40, torch.tensor([1e-3, 0.02, 0.3, 4.0], dtype=torch.float64))
+    logits, y = logits[:, :, :1, :1].contiguous(), y[:, :, :1, :1].contiguous()
+    logits.requires_grad_()
+    y.requires_grad_()
+    assert torch.autograd.gradcheck(lambda a, b: expected_noise(a, b, s), (logits, y), atol=1e-5, rtol=1e-3)
+
+
+def test_training_has_the_same_gradient_with_less_work() -> None:
+    logits, y, s = problem(256, torch.logspace(-3.5, 1, 6, dtype=torch.float64))
+    weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).reshape(y.shape)
+    gradients = []
+    for state in (y, y.clone().requires_grad_()):
+        learned = logits.clone().requires_grad_()
+        noise = expected_noise(learned, state, s)
+        gradients += [noise.detach(), *torch.autograd.grad((weights * noise).sum(), learned)]
+    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradients[1], gradients[3], rtol=1e-12, atol=1e-12)
+
+
+def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
+    logits, y, s = problem(64, torch.logspace(-3, 1, 9, dtype=torch.float64))
+    together = expected_noise(logits, y, s)
+    for i in range(len(s)):
+        alone = expected_noise(logits[i : i + 1], y[i : i + 1], s[i : i + 1])
+        torch.testing.assert_close(alone[0], together[i], rtol=1e-12, atol=1e-12)
+
+
+def test_a_state_far_outside_the_data_is_finite() -> None:
+    s = torch.tensor([1e-4, 1e-2, 1.0], dtype=torch.float64)
+    y = torch.tensor([-30.0, 30.0], dtype=torch.float64).reshape(1, 1, 1, 2).expand(3, 1, 1, 2)
+    logits = torch.zeros(3, 1, 1, 2, 256, dtype=torch.float64)
+    noise = expected_noise(logits, y, s)
+    assert bool(torch.isfinite(noise).all())
+    # The noise then points from the nearest cell to the state.
+    assert bool((noise.sign() == y.sign()).all())
