@@ -21,7 +21,7 @@ EDGE = (
     "presets",
     "pretrained",
     "config default_config usage workdir summary",
-    "build_objective",
+    "builders",
     "build",
     "imported",
     "runs",

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sde_diffusion import build
+from sde_diffusion.builders import data as build_data
 from sde_diffusion.config import (
     SCHEMA,
     UsageError,
@@ -76,7 +77,9 @@ def test_model_keys_are_the_networks():
 
 
 def test_data_keys_are_the_loaders():
-    assert set(SCHEMA["data"]) == set(inspect.signature(load_dataset).parameters) | set(build._AUGMENTATION)
+    assert set(SCHEMA["data"]) == set(inspect.signature(load_dataset).parameters) | set(
+        build_data._AUGMENTATION
+    )
 
 
 def test_sde_keys_are_the_sdes():

@@ -1,0 +1,1 @@
+"""The builders of :mod:`sde_diffusion.build`, a file for each block of a config."""

@@ -1,0 +1,83 @@
+"""How a config evaluates a model: its likelihood and its variational bound."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ml_collections import ConfigDict
+
+from sde_diffusion.builders.shared import block_errors, positive
+from sde_diffusion.likelihood import Divergence, make_divergence
+from sde_diffusion.ode import DormandPrince
+from sde_diffusion.score import ScoreModel
+from sde_diffusion.variances import FixedSmall, ReverseVariance, fixed_variance
+
+__all__ = ["BoundSettings", "LikelihoodSettings", "bound", "likelihood", "reverse_variance"]
+
+
+@dataclass(frozen=True)
+class LikelihoodSettings:
+    """How likelihoods are evaluated, and of how many samples (None: all of test, as many of training)."""
+
+    divergence: Divergence
+    rtol: float
+    atol: float
+    dequantizations: int
+    batch_size: int
+    test_images: int | None
+    train_images: int | None
+
+
+def likelihood(config: ConfigDict) -> LikelihoodSettings:
+    """How likelihoods are evaluated."""
+    block = config.likelihood
+    with block_errors("likelihood"):
+        DormandPrince(block.rtol, block.atol)  # says what is wrong with tolerances
+        return LikelihoodSettings(
+            make_divergence(block.divergence, block.probes),
+            block.rtol,
+            block.atol,
+            positive(config, "likelihood.dequantizations"),
+            positive(config, "likelihood.batch_size"),
+            None if block.test_images is None else positive(config, "likelihood.test_images"),
+            None if block.train_images is None else positive(config, "likelihood.train_images", 0),
+        )
+
+
+def reverse_variance(config: ConfigDict, model: ScoreModel | None) -> ReverseVariance:
+    """The variance of reverse steps: the model's own, where it has learned one, else that of ``bound.variance``."""
+    with block_errors("bound"):
+        fixed = fixed_variance(config.bound.variance)
+    if not config.model.learned_variance:
+        return fixed
+    # Without a model the config is only checked.
+    own = getattr(model, "reverse_variance", None)
+    return FixedSmall() if own is None else own()
+
+
+@dataclass(frozen=True)
+class BoundSettings:
+    """How the variational bound is evaluated, and of how many test images (None: all)."""
+
+    steps: int
+    subset: int | None
+    clip: bool
+    draws: int
+    ode: bool
+    test_images: int | None
+    batch_size: int
+
+
+def bound(config: ConfigDict) -> BoundSettings:
+    """How the variational bound is evaluated."""
+    block = config.bound
+    reverse_variance(config, None)
+    return BoundSettings(
+        positive(config, "bound.steps", 2),
+        None if block.subset is None else positive(config, "bound.subset"),
+        block.clip,
+        positive(config, "bound.draws"),
+        block.ode,
+        None if block.test_images is None else positive(config, "bound.test_images"),
+        positive(config, "bound.batch_size"),
+    )
