@@ -25,6 +25,7 @@ SDES: dict[str, sd.SDE] = {
 
 PREDICTORS: dict[str, sd.Predictor] = {
     "euler-maruyama": sd.EulerMaruyama(),
+    "euler-maruyama-1.5": sd.EulerMaruyama(stochasticity=1.5),
     "reverse-diffusion": sd.ReverseDiffusion(),
     "ancestral-small": sd.Ancestral(variance="small"),
     "ancestral-large": sd.Ancestral(variance="large"),
@@ -126,6 +127,44 @@ def push_moments(
     """Exact mean and covariance after an affine step with standard normal noise."""
     a, b, noise = affine_map(step, len(mean))
     return a @ mean + b, a @ covariance @ a.T + noise @ noise.T
+
+
+def run_moments(
+    predictor: sd.Predictor, sde: sd.SDE, data: sd.GaussianMixture, times: Tensor, draws: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Exact mean and covariance of what a sampler makes of Gaussian data, started from the true ``p_T``.
+
+    With a linear score a whole run is an affine function of its initial state and of each of its draws (of which
+    there are ``draws``, default one a step), and can be read off its values at unit vectors.
+    """
+    mean, covariance = marginal_moments(data, sde, times[0])
+    d, given = len(mean), 0
+    draws = len(times) - 1 if draws is None else draws
+    x = torch.zeros(1 + d + draws * d, d, dtype=torch.float64)
+    eye, first = torch.eye(d, dtype=torch.float64), 1 + d
+    x[1:first] = eye
+
+    def unit_vectors() -> Tensor:
+        nonlocal given
+        z = torch.zeros_like(x)
+        z[first + given * d : first + (given + 1) * d] = eye
+        given += 1
+        return z
+
+    out = sd.sample(
+        sde,
+        data.score(sde),
+        tuple(x.shape),
+        predictor=predictor,
+        times=times,
+        noise=unit_vectors,
+        x_init=x,
+        denoise=False,
+        dtype=torch.float64,
+    ).x
+    assert given in (0, draws)
+    a, noise = (out[1:first] - out[0]).T, out[first:] - out[0]
+    return a @ mean + out[0], a @ covariance @ a.T + noise.T @ noise
 
 
 def slope(sizes: list[int], errors: list[float]) -> float:

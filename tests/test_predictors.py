@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -22,29 +23,15 @@ from problems import (
     gaussian_flow,
     marginal_moments,
     mixture_2d,
-    push_moments,
     queue_noise,
+    run_moments,
     slope,
     times64,
 )
+from sde_diffusion.correctors import langevin_step
 
 sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 predictors = pytest.mark.parametrize("predictor", PREDICTORS.values(), ids=PREDICTORS)
-
-
-def run_moments(
-    predictor: sd.Predictor, sde: sd.SDE, data: sd.GaussianMixture, times: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Exact mean and covariance of a sampler's output for Gaussian data, started from the true ``p_T``."""
-    score = data.score(sde)
-    mean, covariance = marginal_moments(data, sde, times[0])
-    for t, s in pairwise(times):
-
-        def step(x: Tensor, z: Tensor, t: Tensor = t, s: Tensor = s) -> Tensor:
-            return predictor.step(sde, score, x, t, s, z)
-
-        mean, covariance = push_moments(step, mean, covariance)
-    return mean, covariance
 
 
 @sdes
@@ -95,7 +82,15 @@ def test_steps_are_their_formulas(sde: sd.SDE) -> None:
     mean = (x + var * gradient) / ratio
     expected = {
         sd.EulerMaruyama(): x - (f * x - g2 * gradient) * h + (g2 * h).sqrt() * z,
+        sd.EulerMaruyama(stochasticity=0.0): x - (f * x - g2 / 2 * gradient) * h,
+        sd.EulerMaruyama(stochasticity=2.0): (
+            x - (f * x - 2.5 * g2 * gradient) * h + 2 * (g2 * h).sqrt() * z
+        ),
         sd.ReverseDiffusion(): x + (x - ratio * x) + var * gradient + var.sqrt() * z,
+        sd.ReverseDiffusion(stochasticity=0.0): x + (x - ratio * x) + var / 2 * gradient,
+        sd.ReverseDiffusion(stochasticity=0.5): (
+            x + (x - ratio * x) + 0.625 * var * gradient + 0.5 * var.sqrt() * z
+        ),
         sd.Ancestral(): mean + tilde.sqrt() * z,
         sd.Ancestral(variance="large"): mean + var.sqrt() * z,
         sd.DDIM(): sde.alpha(s) * x0 + sde.sigma(s) * eps,
@@ -193,6 +188,10 @@ def test_wrong_settings_are_refused() -> None:
     for eta in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"eta must lie between 0 and 1, got {eta}"):
             sd.DDIM(eta=eta)
+    for predictor in (sd.EulerMaruyama, sd.ReverseDiffusion):
+        for stochasticity in (-0.1, float("nan"), float("inf")):
+            with pytest.raises(ValueError, match=f"stochasticity must be at least 0, got {stochasticity}"):
+                predictor(stochasticity=stochasticity)
 
 
 # A public reference implementation -------------------------------------------------------------------
@@ -240,16 +239,29 @@ def assert_matches(
     assert compared >= 30
 
 
-@pytest.mark.parametrize("name", ["vp", "subvp", "ve"])
 @pytest.mark.parametrize("n", [100, 1000])
-def test_euler_maruyama_equals_the_reference(updates: dict[str, Tensor], name: str, n: int) -> None:
-    """The reference's step is always 1/N; ours is ``t - s``, so ``s = t - 1/N`` (even beyond 0)."""
+@pytest.mark.parametrize(
+    ("name", "method", "stochasticity"),
+    [
+        *((name, "euler_maruyama", 1.0) for name in ("vp", "subvp", "ve")),
+        ("subvp", "reverse_diffusion", 1.0),
+        ("subvp", "reverse_diffusion_probflow", 0.0),
+    ],
+)
+def test_euler_maruyama_equals_the_reference(
+    updates: dict[str, Tensor], n: int, name: str, method: str, stochasticity: float
+) -> None:
+    """The reference's step is always 1/N; ours is ``t - s``, so ``s = t - 1/N`` (even beyond 0).
+
+    For sub-VP, which it gives no discretization of its own, its "reverse diffusion" is Euler's too.
+    """
+    predictor = sd.EulerMaruyama(stochasticity)
 
     def step(which: str, n: int, x: Tensor, t: Tensor, z: Tensor, index: Tensor) -> Tensor:
-        return sd.EulerMaruyama().step(SDES[name], SCORES[which], x, t, t - 1 / n, z)
+        return predictor.step(SDES[name], SCORES[which], x, t, t - 1 / n, z)
 
     # The reference's sub-VP diffusion is a float32 difference, wrong by up to 1% near t = 0.
-    assert_matches(updates, name, n, "euler_maruyama", step, skip_below=n // 20 if name == "subvp" else 0)
+    assert_matches(updates, name, n, method, step, skip_below=n // 20 if name == "subvp" else 0)
 
 
 @pytest.mark.parametrize("n", [100, 1000])
@@ -257,6 +269,7 @@ def test_euler_maruyama_equals_the_reference(updates: dict[str, Tensor], name: s
     ("method", "predictor"),
     [
         ("reverse_diffusion", sd.ReverseDiffusion()),
+        ("reverse_diffusion_probflow", sd.ReverseDiffusion(stochasticity=0.0)),
         ("ancestral_sampling", sd.Ancestral(variance="large")),
     ],
 )
@@ -276,57 +289,160 @@ def test_steps_on_the_chain_equal_the_reference_for_vp(
     assert_matches(updates, "vp", n, method, step)
 
 
+class Ladder(sd.SDE):
+    """The VE process on the levels of the reference, a step below the first of which lies ``sigma = 0``."""
+
+    def __init__(self, sigmas: Tensor) -> None:
+        super().__init__(t_min=0.0, t_max=1.0)
+        # Squares in float32, as the reference has them: the steps are small differences of them.
+        levels = torch.cat([torch.zeros(1), sigmas.float().square()]).double()
+        object.__setattr__(self, "levels", levels)
+
+    def log_alpha(self, t: Tensor) -> Tensor:
+        return 0 * t
+
+    def variance(self, t: Tensor) -> Tensor:
+        return self.levels[(t * (len(self.levels) - 1)).round().long()]
+
+
 @pytest.mark.parametrize("n", [100, 1000])
 @pytest.mark.parametrize(
     ("method", "predictor"),
-    [("reverse_diffusion", sd.ReverseDiffusion()), ("ancestral_sampling", sd.Ancestral())],
+    [
+        ("reverse_diffusion", sd.ReverseDiffusion()),
+        ("reverse_diffusion_probflow", sd.ReverseDiffusion(stochasticity=0.0)),
+        ("ancestral_sampling", sd.Ancestral()),
+    ],
 )
 def test_steps_on_the_ladder_equal_the_reference_for_ve(
     updates: dict[str, Tensor], n: int, method: str, predictor: sd.Predictor
 ) -> None:
-    """Row ``i`` of the ladder is the time ``i / (N - 1)``.
-
-    Left out is its last step, to sigma = 0, which here is the final denoising.
-    """
+    """Row ``i`` of the reference's tables is the step from level ``i`` to ``i - 1``, from the first to sigma = 0."""
+    with np.load(FIXTURES / "score_sde" / "sde_quantities.npz") as arrays:
+        sigmas = torch.from_numpy(arrays[f"ve/N{n}/discrete_sigmas"])
+    assert_close(sigmas.double(), sd.VE().discretize(n), rtol=1e-5, atol=0.0)
+    ladder = Ladder(sigmas)
 
     def step(which: str, n: int, x: Tensor, t: Tensor, z: Tensor, index: Tensor) -> Tensor:
         def score(x: Tensor, grid_time: Tensor) -> Tensor:
             return SCORES[which](x, t)
 
-        grid = index.double() / (n - 1)
-        return predictor.step(sd.VE(), score, x, grid, (index.double() - 1) / (n - 1), z)
+        grid = (index.double() + 1) / n
+        return predictor.step(ladder, score, x, grid, grid - 1 / n, z)
 
-    # Differences of the reference's float32 ladder: its rounding, over the relative step 8.5 / N.
-    assert_matches(updates, "ve", n, method, step, skip_below=1, rtol=1e-5 if n == 100 else 5e-5)
+    assert_matches(updates, "ve", n, method, step)
 
 
-def test_a_complete_run_equals_the_reference() -> None:
-    """Ancestral sampling with its 32 noises and states, from its initial state to its final one."""
-    settings = json.loads((FIXTURES / "score_sde" / "settings.json").read_text())["pc_runs"]
-    with np.load(FIXTURES / "score_sde" / "pc_run_vp_ancestral.npz") as arrays:
-        run = {k.rsplit("/", 1)[1]: torch.from_numpy(arrays[k]).double() for k in arrays.files}
-    n = settings["N"]
-    chain = sd.DDPM(sd.VP().discretize(n))
-    reference_times = torch.linspace(1, 1e-3, n, dtype=torch.float64)
+@dataclass(frozen=True)
+class AtReferenceTimes:
+    """Predictor and corrector of a reference run at its own times, ``linspace(1, eps, N)``, with its own step of 1/N,
+    for a loop whose ``t`` is ``(N - k) / N`` in step k."""
+
+    n: int
+    eps: float
+    sde: sd.SDE
+    predictor: sd.Predictor | None = None
+    corrector: sd.Langevin | sd.AnnealedLangevin | None = None
+    factors: Tensor | None = None  # of the Langevin steps: the reference's alpha_i
+    steps: int = 1
+
+    def time(self, t: Tensor) -> Tensor:
+        return torch.linspace(1, self.eps, self.n, dtype=torch.float64)[self.n - round(float(t) * self.n)]
+
+    def step(self, sde: sd.SDE, score: sd.Score, x: Tensor, t: Tensor, *rest: Tensor) -> Tensor:
+        u, noise = self.time(t), rest[-1]
+        if self.predictor is not None:
+            return self.predictor.step(self.sde, lambda x, _: score(x, t), x, u, u - 1 / self.n, noise)
+        gradient = score(x, t)
+        if isinstance(self.corrector, sd.Langevin):
+            eta = self.corrector.step_size(self.sde, gradient, u, noise)
+        else:
+            eta = self.corrector.step_size(self.sde, u)
+        if self.factors is not None:
+            eta = eta * self.factors[round(float(t) * self.n) - 1]
+        return langevin_step(x, gradient, noise, eta)
+
+
+RUNS = json.loads((FIXTURES / "score_sde" / "settings.json").read_text())
+
+
+def test_no_run_of_the_reference_is_left_out() -> None:
+    with np.load(FIXTURES / "score_sde" / "pc_runs.npz") as arrays:
+        assert {key.rpartition("/")[0] for key in arrays.files} == set(RUNS["pc_runs"]["jobs"])
+
+
+@pytest.mark.parametrize("job", RUNS["pc_runs"]["jobs"])
+def test_a_complete_run_equals_the_reference(job: str) -> None:
+    """With its noise and from its initial state: every state at which it asked for the score, and both final ones."""
+    with np.load(FIXTURES / "score_sde" / "pc_runs.npz") as arrays:
+        want = {
+            k.rpartition("/")[2]: torch.from_numpy(arrays[k]) for k in arrays.files if k.startswith(job + "/")
+        }
+    settings, (name, method) = RUNS["pc_runs"], job.split("/")
+    n, eps, process = settings["N"], RUNS["sampler_eps"][name], SDES[name]
+    predictor, corrector = method.split("+")
+    tables = {"vp": sd.DDPM(sd.VP().discretize(n)), "ve": Ladder(sd.VE().discretize(n))}
+    own = AtReferenceTimes(n, eps, process)
+
+    # What the reference steps with the tables of N levels is a step of ours on the chain or ladder; its
+    # Euler-Maruyama step, and for sub-VP all others, are those of continuous time.
+    on_table = predictor != "euler_maruyama" and name in tables
+    steps = {
+        "euler_maruyama": sd.EulerMaruyama(),
+        "reverse_diffusion": sd.ReverseDiffusion() if on_table else sd.EulerMaruyama(),
+        "ancestral_sampling": sd.Ancestral(variance="large" if name == "vp" else "small"),
+    }
+    correctors = {
+        "none": None,
+        "langevin": sd.Langevin.original(RUNS["snr"]),
+        "ald": sd.AnnealedLangevin(RUNS["snr"]),
+    }
+    factors = 1 - sd.VP().discretize(n) if name == "vp" else None
     asked: list[Tensor] = []
 
     def score(x: Tensor, t: Tensor) -> Tensor:
         asked.append(x)
-        u = reference_times[n - round(float(t) * n)]
-        alpha, variance = sd.VP().alpha(u), sd.VP().variance(u)
+        alpha, variance = process.alpha(own.time(t)), process.variance(own.time(t))
         return -(x - alpha * settings["mu"]) / (alpha**2 * settings["s0"] ** 2 + variance)
 
-    out = sd.sample(
-        chain,
-        score,
-        tuple(run["x_init"].shape),
-        predictor=sd.Ancestral(variance="large"),
-        times=torch.linspace(1, 0, n + 1, dtype=torch.float64),
-        x_init=run["x_init"],
-        noise=queue_noise(run["noise"]),
-        dtype=torch.float64,
-        denoise=False,
-    )
-    assert out.nfe == n == len(asked)
-    assert_close(torch.stack(asked), run["model_inputs"], rtol=1e-4, atol=1e-4)
-    assert_close(out.x, run["final_x"], rtol=1e-4, atol=1e-4)
+    def run(noise: Tensor) -> sd.SampleOutput:
+        asked.clear()
+        chosen = correctors[corrector]
+        return sd.sample(
+            tables[name] if on_table else process,
+            score,
+            tuple(want["x_init"].shape),
+            predictor=steps[predictor] if on_table else replace(own, predictor=steps[predictor]),
+            correctors=() if chosen is None else (replace(own, corrector=chosen, factors=factors),),
+            times=torch.linspace(1, 0, n + 1, dtype=torch.float64),
+            x_init=want["x_init"],
+            noise=queue_noise(noise.double()),
+            dtype=torch.float64,
+            denoise=False,
+        )
+
+    def close(ours: Tensor, theirs: Tensor) -> bool:
+        return float((ours - theirs).abs().max()) < 1e-4 * float(theirs.abs().max())
+
+    out = run(want["noise"])
+    assert out.nfe == len(want["model_inputs"]) == len(asked)
+    # The reference always reports the evaluations of a run with a corrector.
+    assert int(want["reported_nfe"]) == 2 * n
+    for ours, theirs in zip(asked, want["model_inputs"], strict=True):
+        assert close(ours, theirs)
+    assert close(out.x, want["final_x"])
+    silent = torch.cat([want["noise"][:-1], torch.zeros_like(want["noise"][:1])])
+    assert close(run(silent).x, want["final_x_mean"])
+
+
+def test_every_array_of_the_references_updates_is_compared(updates: dict[str, Tensor]) -> None:
+    """The methods compared in this file and, for the correctors, in test_correctors."""
+    steps = ("euler_maruyama", "reverse_diffusion", "reverse_diffusion_probflow")
+    compared = {"vp": (*steps, "ancestral_sampling", "langevin", "ald"), "subvp": steps}
+    compared["ve"] = compared["vp"]
+    assert {tuple(key.split("/")[:3]) for key in updates} == {
+        (name, f"N{n}", what)
+        for name, methods in compared.items()
+        for n in (100, 1000)
+        for what in ("inputs", *methods)
+    }

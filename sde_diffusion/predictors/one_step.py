@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,34 +19,75 @@ from sde_diffusion.tensors import expand
 from sde_diffusion.variances import Limits, ReverseVariance
 
 
+def check_stochasticity(stochasticity: float) -> None:
+    """A clear error for a stochasticity that there is not."""
+    if isinstance(stochasticity, bool) or not 0 <= stochasticity < math.inf:
+        raise ValueError(f"stochasticity must be at least 0, got {stochasticity!r}")
+
+
 @dataclass(frozen=True)
 class EulerMaruyama:
-    """``x_s = x - [f x - g^2 score] (t - s) + g sqrt(t - s) z``: the reverse SDE by Euler and Maruyama.
+    """``x_s = x - [f x - (1 + lambda^2) / 2 g^2 score] (t - s) + lambda g sqrt(t - s) z``, by Euler and Maruyama.
 
-    The step is the true ``t - s`` of the grid. Reference: Song et al. (2021), eq. 6.
+    A step of the family of reverse processes ``dx = [f x - (1 + lambda^2) / 2 g^2 score] dt + lambda g dw``, which
+    all have the marginals ``p_t``: ``lambda = 1`` is the reverse SDE (Song et al. 2021, eq. 6) and ``lambda = 0`` the
+    probability-flow ODE; beyond 1 there is more Langevin diffusion than the SDE has, which forgets earlier errors
+    faster and needs smaller steps. The step is the true ``t - s`` of the grid.
+
+    Reference: Zhang and Chen (2022), section 2; Karras et al. (2022), eq. 6, where ``beta = lambda^2 g^2 / (2 t^2)``.
+
+    Args:
+        stochasticity: ``lambda >= 0``.
     """
+
+    stochasticity: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_stochasticity(self.stochasticity)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step uses its noise."""
+        return self.stochasticity > 0
 
     def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """The state at ``s``."""
         f, g2 = sde.f_and_g2(t)
         h = t - s
-        drift = expand(f, x) * x - expand(g2, x) * score(x, t)
-        return x - drift * expand(h, x) + expand((g2 * h).sqrt(), x) * noise
+        drift = expand(f, x) * x - expand(0.5 * (1 + self.stochasticity**2) * g2, x) * score(x, t)
+        mean = x - drift * expand(h, x)
+        return mean + expand(self.stochasticity * (g2 * h).sqrt(), x) * noise if self.stochastic else mean
 
 
 @dataclass(frozen=True)
 class ReverseDiffusion:
-    """``x_s = (2 - ratio) x + var score + sqrt(var) z``: the reverse SDE discretized as the forward one.
+    """``x_s = (2 - ratio) x + (1 + lambda^2) / 2 var score + lambda sqrt(var) z``: the reverse process discretized
+    as the forward one.
 
     The forward step is ``x_t = ratio x_s + sqrt(var) z``, the exact kernel of the SDE between the two
     times; on the grid of a :class:`~sde_diffusion.ddpm.DDPM` chain it is the chain's. Reference: Song et
-    al. (2021), appendix E, eq. 45 and 46.
+    al. (2021), appendix E, eq. 45 and 46 (``lambda = 1``) and 47 (``lambda = 0``, the probability-flow sampler).
+
+    Args:
+        stochasticity: ``lambda >= 0``, as for :class:`EulerMaruyama`.
     """
+
+    stochasticity: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_stochasticity(self.stochasticity)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step uses its noise."""
+        return self.stochasticity > 0
 
     def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, s: Tensor, noise: Tensor) -> Tensor:
         """The state at ``s``."""
         ratio, var = sde.transition(s, t)
-        return expand(2 - ratio, x) * x + expand(var, x) * score(x, t) + expand(var.sqrt(), x) * noise
+        weight = 0.5 * (1 + self.stochasticity**2) * var
+        mean = expand(2 - ratio, x) * x + expand(weight, x) * score(x, t)
+        return mean + expand(self.stochasticity * var.sqrt(), x) * noise if self.stochastic else mean
 
 
 @dataclass(frozen=True)
