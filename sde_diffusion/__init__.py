@@ -49,7 +49,13 @@ from sde_diffusion.quantized import QuantizedScoreModel
 from sde_diffusion.sampling import SampleOutput, sample
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import EDM, SDE, VE, VP, CosineVP, SubVP, VariancePreserving
-from sde_diffusion.times import log_snr_times, quadratic_times, uniform_times
+from sde_diffusion.times import (
+    explicit_times,
+    karras_times,
+    log_snr_times,
+    quadratic_times,
+    uniform_times,
+)
 
 if TYPE_CHECKING:
     from sde_diffusion.runs import Run as _Run

@@ -183,7 +183,12 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "n": Key(100, "samples of --mode sample"),
         "batch_size": Key(500, "samples at a time; it does not change them"),
         "steps": Key(250, "pc: predictor steps"),
-        "grid": Key("uniform", "pc and ode by heun: times, uniform, quadratic or log_snr"),
+        "grid": Key(
+            "uniform",
+            "pc and ode by heun: times, uniform, quadratic, log_snr, karras or list (sampling.times)",
+        ),
+        "rho": Key(None, "grid karras: exponent; none: 7", float),
+        "times": Key(None, "grid list: the times, falling from t_max (1); in place of steps", tuple),
         "t_end": Key(None, "pc and ode by heun: last time; none: sde.t_min", float),
         "predictor": Key(
             "reverse_diffusion", "pc: reverse_diffusion, euler_maruyama, ancestral, learned_variance or ddim"

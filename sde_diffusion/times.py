@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,6 +46,44 @@ def log_snr_times(sde: SDE, n: int, t_end: float | None = None) -> Tensor:
     times = sde.time_of_log_snr(log_snr)
     times[0], times[-1] = sde.t_max, end
     return times
+
+
+@torch.no_grad()
+def karras_times(sde: SDE, n: int, rho: float = 7.0, t_end: float | None = None) -> Tensor:
+    """``n`` steps of equal length in ``(sigma / alpha)^(1 / rho)``, from ``t_max`` to ``t_end`` (Karras et al. 2022,
+    eq. 5).
+
+    Their grid is over the noise levels of ``x / alpha``, ``sigma / alpha``, and is mapped back to the times of the
+    SDE. They have a last step from ``sigma_min`` to the data, which here is the sampler's ``denoise``: their N steps
+    are ``karras_times(sde, N - 1)`` with it.
+
+    Args:
+        sde: the forward process.
+        n: the number of steps.
+        rho: 1 for equal steps in ``sigma / alpha``; the larger, the more steps near the data. Without end it is the
+            log-SNR grid.
+        t_end: the last time; default the SDE's ``t_min``.
+    """
+    end = _ends(sde, n, t_end)
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive, got {rho!r}")
+    ends = torch.tensor([sde.t_max, end], dtype=torch.float64)
+    first, last = (sde.sigma(ends) / sde.alpha(ends)).log()
+    steps = torch.linspace(0, 1, n + 1, dtype=torch.float64)
+    # (first^(1/rho) + u (last^(1/rho) - first^(1/rho)))^rho; at t = 0 there may be no noise, last = 0.
+    log_level = first + rho * torch.log1p(steps * torch.expm1((last - first) / rho))
+    times = sde.time_of_log_snr(-2 * log_level)
+    times[0], times[-1] = sde.t_max, end
+    return times
+
+
+def explicit_times(sde: SDE, values: Sequence[float] | Tensor) -> Tensor:
+    """A grid that is given time by time, from noise to data; it may begin after ``t_max`` and end anywhere.
+
+    Raises:
+        ValueError: fewer than two times, or times that do not fall strictly within [0, t_max].
+    """
+    return check_times(sde, torch.as_tensor(values, dtype=torch.float64))
 
 
 def check_times(sde: SDE, times: Tensor) -> Tensor:

@@ -29,11 +29,15 @@ from sde_diffusion.networks import MLP, UNet
 from sde_diffusion.ode import DormandPrince, Heun
 from sde_diffusion.predictors import DDIM, Ancestral, EulerMaruyama, ReverseDiffusion
 from sde_diffusion.sdes import SDE, VE, VP, CosineVP, SubVP
+from sde_diffusion.times import karras_times, quadratic_times
 from sde_diffusion.training import TrainingSettings
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 DIGITS = build.DataInfo("digits", (1, 8, 8), 17, 10)
 PLANE = build.DataInfo("moons", (2,), None, None)
+
+
+LIST = {"sampling__grid": "list", "sampling__times": (1.0, 0.1)}
 
 
 def config(**changes):
@@ -252,6 +256,33 @@ def test_samplers():
     assert len(heun.times) == 6
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"grid": "karras"}, karras_times(VP(), 7)),
+        ({"grid": "karras", "rho": 3.0}, karras_times(VP(), 7, 3.0)),
+        ({"grid": "karras", "t_end": 0.01}, karras_times(VP(), 7, t_end=0.01)),
+        ({"grid": "quadratic"}, quadratic_times(VP(), 7)),
+        ({"grid": "list", "times": (1, 0.5, 0.1)}, torch.tensor([1, 0.5, 0.1], dtype=torch.float64)),
+    ],
+)
+def test_grids(changes, expected):
+    c = config(**{f"sampling__{key}": value for key, value in changes.items()})
+    assert torch.equal(build.times(c, 7), expected)
+    assert torch.equal(
+        build.solver(changed(c.to_dict() | {"sampling.solver": "heun"})).times[-1], expected[-1]
+    )
+
+
+def test_the_solver_of_a_list_ends_with_it():
+    c = config(sampling__method="ode", sampling__solver="heun", sampling__grid="list")
+    c.sampling.times = (1.0, 0.5, 0.1)
+    assert build.sampler(c).t_end == 0.1
+    c.sampling.times = (0.9, 0.5)
+    with pytest.raises(UsageError, match=r"must begin at t_max = 1.0 for the solver 'heun', got 0.9"):
+        build.sampler(c)
+
+
 def test_training_settings():
     c = config(
         seed=4, training__weighting="min_snr", training__min_snr_gamma=3, training__time_sampler="log_normal",
@@ -310,6 +341,12 @@ def test_labels_reach_the_network():
         (build.sampler, {"sampling__order": "x"}, "unknown sampling.order 'x'"),
         (build.sampler, {"sampling__steps": 0}, "config.sampling: .* n >= 1, got 0"),
         (build.sampler, {"sampling__grid": "log"}, "unknown sampling.grid 'log'; did you mean 'log_snr'?"),
+        (build.sampler, {"sampling__rho": 3.0}, "sampling.rho=3.0 is not for .* 'uniform', but for karras"),
+        (build.sampler, {"sampling__times": (1, 0)}, "sampling.times=.* is not for .* 'uniform', but for list"),
+        (build.sampler, {"sampling__grid": "list"}, "'list' needs its times, such as"),
+        (build.sampler, {"sampling__grid": "karras", "sampling__rho": -1.0}, "sampling: rho must be positive"),
+        (build.sampler, LIST | {"sampling__t_end": 0.1}, "ends with its last time: leave out t_end=0.1"),
+        (build.sampler, LIST | {"sampling__times": (0.1, 1.0)}, "config.sampling: a time grid must fall"),
         (build.solver, {"sampling__solver": "dopri"}, "sampling.solver 'dopri'; did you mean 'dopri5'?"),
         (build.solver, {"sampling__rtol": 0.0}, "config.sampling: tolerances"),
         (build.likelihood, {"likelihood__divergence": "exakt"}, "config.likelihood: .*did you mean 'exact'"),

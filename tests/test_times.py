@@ -13,7 +13,12 @@ import sde_diffusion as sd
 from problems import SDES, times64
 from sde_diffusion.times import check_times
 
-GRIDS = {"uniform": sd.uniform_times, "quadratic": sd.quadratic_times, "log_snr": sd.log_snr_times}
+GRIDS = {
+    "uniform": sd.uniform_times,
+    "quadratic": sd.quadratic_times,
+    "log_snr": sd.log_snr_times,
+    "karras": lambda sde, n, t_end=None: sd.karras_times(sde, n, t_end=t_end),
+}
 grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 
@@ -40,6 +45,45 @@ def test_each_grid_is_even_in_what_it_is_named_after(sde: sd.SDE) -> None:
     assert_close(roots, roots.mean().expand(10))
     log_snr = sde.log_snr(sd.log_snr_times(sde, 10)).diff()
     assert_close(log_snr, log_snr.mean().expand(10), rtol=1e-8, atol=0)
+
+
+@sdes
+@pytest.mark.parametrize("rho", [1.0, 3.0, 7.0])
+@pytest.mark.parametrize("t_end", [None, 0.0])
+def test_the_karras_grid_is_even_in_a_root_of_the_noise_level(
+    sde: sd.SDE, rho: float, t_end: float | None
+) -> None:
+    times = sd.karras_times(sde, 10, rho, t_end)
+    roots = ((sde.variance(times).sqrt() / sde.alpha(times)) ** (1 / rho)).diff()
+    # A noise level is found again to the rounding of the bisection in t, which matters for the smallest.
+    assert_close(roots, roots.mean().expand(10), rtol=1e-5, atol=0)
+
+
+def test_the_karras_grid_of_edm_is_equation_5() -> None:
+    """Karras et al. (2022), eq. 5 with N = 18 and the noise levels of their code, written out."""
+    rho, first, last = 7, 80.0, 0.002
+    steps = torch.arange(18, dtype=torch.float64) / 17
+    wanted = (first ** (1 / rho) + steps * (last ** (1 / rho) - first ** (1 / rho))) ** rho
+    assert_close(sd.karras_times(sd.EDM(), 17), wanted, rtol=1e-12, atol=0)
+
+
+def test_the_karras_grid_without_end_is_the_log_snr_grid() -> None:
+    for sde in SDES.values():
+        far = sd.karras_times(sde, 10, 1e7)
+        assert_close(far, sd.log_snr_times(sde, 10), rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("rho", [0.0, -1.0, float("inf"), float("nan")])
+def test_rho_is_positive(rho: float) -> None:
+    with pytest.raises(ValueError, match="rho must be positive, got"):
+        sd.karras_times(sd.VP(), 5, rho)
+
+
+def test_an_explicit_grid_is_what_was_given() -> None:
+    assert_close(sd.explicit_times(sd.VP(), [1, 0.5, 0]), times64(1.0, 0.5, 0.0), rtol=0, atol=0)
+    for wrong, message in (([], "at least 2 times"), ([0.5, 1], "fall strictly"), ([2, 1], "lie in")):
+        with pytest.raises(ValueError, match=message):
+            sd.explicit_times(sd.VP(), wrong)
 
 
 def test_the_log_snr_grid_of_ve_is_uniform() -> None:

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from sde_diffusion.builders.evaluation import reverse_variance
-from sde_diffusion.builders.model import SDES, sde
-from sde_diffusion.builders.shared import block_errors, named
+from sde_diffusion.builders.model import sde
+from sde_diffusion.builders.shared import block_errors, named, options
 from sde_diffusion.config import UsageError
 from sde_diffusion.correctors import AnnealedLangevin, Corrector, Langevin
 from sde_diffusion.devices import choose_precision
@@ -30,7 +30,7 @@ from sde_diffusion.predictors import (
 from sde_diffusion.sampling import ORDERS, SampleOutput, sample
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import SDE
-from sde_diffusion.times import log_snr_times, quadratic_times, uniform_times
+from sde_diffusion.times import explicit_times, karras_times, log_snr_times, quadratic_times, uniform_times
 
 __all__ = [
     "GRIDS",
@@ -44,11 +44,24 @@ __all__ = [
     "times",
 ]
 
+
+def _listed(sde: SDE, n: int, t_end: float | None = None, times: tuple[float, ...] | None = None) -> Tensor:
+    """The times of ``sampling.times``, whose number is one more than that of the steps."""
+    if times is None:
+        raise ValueError("the grid 'list' needs its times, such as sampling.times=(1.0,0.5,0.1,0.001)")
+    if t_end is not None:
+        raise ValueError(f"the grid 'list' ends with its last time: leave out t_end={t_end!r}")
+    return explicit_times(sde, times)
+
+
 GRIDS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_times,
     "quadratic": quadratic_times,
     "log_snr": log_snr_times,
+    "karras": karras_times,
+    "list": _listed,
 }
+_GRID_OPTIONS = {"rho": "rho", "times": "times"}
 
 
 def predictor(config: ConfigDict, model: ScoreModel | None = None) -> Predictor:
@@ -92,12 +105,12 @@ def sampling_precision(config: ConfigDict, device: torch.device) -> torch.dtype:
 
 
 def times(config: ConfigDict, steps: int, model: ScoreModel | None = None) -> Tensor:
-    """The grid of times with so many steps, of the config's process, or of the model's where that is its own."""
+    """The grid of times with so many steps, of the model's process, or without a model of the config's."""
     block = config.sampling
-    grid = named("sampling.grid", block.grid, GRIDS)
-    process = sde(config) if model is None or config.sde.name in SDES else model.sde
+    chosen = options(config, "sampling.grid", GRIDS, _GRID_OPTIONS)
+    process = sde(config) if model is None else model.sde
     with block_errors("sampling"):
-        return grid(process, steps, block.t_end)
+        return GRIDS[block.grid](process, steps, t_end=block.t_end, **chosen)
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,19 @@ def sampler(
     block = config.sampling
     if block.order not in ORDERS:
         raise UsageError(str(unknown_name("sampling.order", block.order, ORDERS)))
+
+    def ode() -> ODESampler:
+        chosen = solver(config, model)
+        if not isinstance(chosen, Heun):
+            return ODESampler(chosen, block.t_end, block.denoise)
+        process = sde(config) if model is None else model.sde
+        if float(chosen.times[0]) != process.t_max:
+            raise UsageError(
+                f"config.sampling.times must begin at t_max = {process.t_max} for the solver {block.solver!r}, "
+                f"got {float(chosen.times[0])}"
+            )
+        return ODESampler(chosen, float(chosen.times[-1]), block.denoise)
+
     table: dict[str, Callable[[], PCSampler | ODESampler]] = {
         "pc": lambda: PCSampler(
             predictor(config, model),
@@ -172,6 +198,6 @@ def sampler(
             block.order,
             block.denoise,
         ),
-        "ode": lambda: ODESampler(solver(config, model), block.t_end, block.denoise),
+        "ode": ode,
     }
     return named(key, config[key], table)()

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from ml_collections import ConfigDict
 
-from sde_diffusion.config import UsageError
+from sde_diffusion.config import UsageError, config_keys
 from sde_diffusion.devices import choose_device
 from sde_diffusion.errors import unknown_name
 
-__all__ = ["accepted", "block_errors", "device", "named", "positive"]
+__all__ = ["accepted", "block_errors", "device", "named", "options", "positive"]
 
 T = TypeVar("T")
 
@@ -40,6 +40,40 @@ def named(key: str, name: str, table: Mapping[str, T]) -> T:
 def accepted(constructor: Callable[..., Any], block: ConfigDict) -> dict[str, Any]:
     """The keys of a block that a constructor takes; the others belong to other names."""
     return {name: block[name] for name in inspect.signature(constructor).parameters if name in block}
+
+
+def options(
+    config: ConfigDict, key: str, table: Mapping[str, Callable[..., Any]], keys: Mapping[str, str]
+) -> dict[str, Any]:
+    """The keyword arguments of the constructor that a config names, from keys of the same block.
+
+    A key whose value is none leaves its argument at the constructor's own default.
+
+    Args:
+        config: the config.
+        key: of the name, such as ``sampling.predictor``.
+        table: of constructors by name.
+        keys: the config's name (without its block) of every argument that one of them takes.
+
+    Raises:
+        UsageError: an unknown name, or a key that this name does not take has been set.
+    """
+    constructor, block = named(key, config[key], table), key.rpartition(".")[0]
+    taken = set(inspect.signature(constructor).parameters)
+    found = {}
+    for argument, leaf in keys.items():
+        value, default = config[block][leaf], config_keys()[f"{block}.{leaf}"].default
+        if argument in taken:
+            if value is not None:
+                found[argument] = value
+        elif value != default and leaf not in (keys[name] for name in taken & set(keys)):
+            owners = sorted(
+                name for name, other in table.items() if argument in inspect.signature(other).parameters
+            )
+            raise UsageError(
+                f"config.{block}.{leaf}={value!r} is not for {key} {config[key]!r}, but for {', '.join(owners)}"
+            )
+    return found
 
 
 def device(config: ConfigDict) -> torch.device:
