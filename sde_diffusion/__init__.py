@@ -8,14 +8,14 @@ from typing import Any as _Any
 
 from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.bound import Bound, continuous_bound, ode_bound, variational_bound
+from sde_diffusion.coordinates import LogSNRCoordinates, TimeCoordinates
 from sde_diffusion.correctors import AnnealedLangevin, Corrector, Langevin
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.decoders import DiscretizedGaussian, GaussianDecoder
+from sde_diffusion.divergence import ExactDivergence, HutchinsonDivergence, HutchPlusPlus
 from sde_diffusion.learned_schedule import LearnedSchedule
 from sde_diffusion.learned_variance import LearnedVarianceModel
 from sde_diffusion.likelihood import (
-    ExactDivergence,
-    HutchinsonDivergence,
     Likelihood,
     bits_per_dim,
     log_likelihood,

@@ -206,13 +206,39 @@ class DDPM(VariancePreserving):
     @in_float64
     def log_alpha(self, t: Tensor) -> Tensor:
         """Half the cumulative sum of ``log(1 - beta)`` at the grid points ``i / n``, cubic in between."""
-        values, slopes = self._table(t.device)
         position = t / self.t_max * self.num_steps
         left = position.detach().floor().long().clamp(0, self.num_steps - 1)
-        u, start, end = position - left, slopes[left], slopes[left + 1]
+        value, *rest = self._cubic(left)
+        u = position - left
+        return value + u * (rest[0] + u * (rest[1] + u * rest[2]))
+
+    def _cubic(self, left: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Hermite's cubic between two grid points: its coefficients in the part of a step beyond the left one."""
+        values, slopes = self._table(left.device)
+        start, end = slopes[left], slopes[left + 1]
         rise = values[left + 1] - values[left]
-        # Hermite's cubic with these values and slopes at its two ends.
-        return values[left] + u * (start + u * (3 * rise - 2 * start - end + u * (start + end - 2 * rise)))
+        return values[left], start, 3 * rise - 2 * start - end, start + end - 2 * rise
+
+    @in_float64
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """By Newton's method within the right step of the table, kept between bounds that close in."""
+        wanted = -0.5 * torch.nn.functional.softplus(-log_snr)
+        falling = self._table(wanted.device)[0]
+        left = torch.searchsorted(-falling, -wanted.contiguous(), right=True) - 1
+        left = left.clamp(0, self.num_steps - 1)
+        value, a, b, c = self._cubic(left)
+        low, high = torch.zeros_like(wanted), torch.ones_like(wanted)
+        u = low + 0.5
+        for i in range(16):
+            above = value + u * (a + u * (b + u * c)) - wanted
+            low, high = torch.where(above > 0, u, low), torch.where(above > 0, high, u)
+            newton = u - above / (a + u * (2 * b + u * (3 * c)))
+            # Far from the root halving the interval is safe; in the end only rounding can lead out of it.
+            inside = (
+                (newton >= low) & (newton <= high) if i < 10 else torch.ones_like(newton, dtype=torch.bool)
+            )
+            u = torch.where(inside, newton.clamp(0, 1), (low + high) / 2)
+        return (left + u) / self.num_steps * self.t_max
 
 
 def _falling_slopes(values: Tensor) -> Tensor:

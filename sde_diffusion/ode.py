@@ -31,10 +31,12 @@ class SolverError(RuntimeError):
 
 @dataclass(frozen=True)
 class Solution:
-    """The state at the end, (B, *D), and the evaluations that each sample needed, (B,)."""
+    """The state at the end, (B, *D), the evaluations that each sample needed, (B,), and for solvers that do not stop
+    at that, which samples did not arrive, (B,); their state is NaN."""
 
     x: Tensor
     evaluations: Tensor
+    failed: Tensor | None = None
 
 
 class Solver(Protocol):
@@ -45,14 +47,23 @@ class Solver(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class _ProbabilityFlow:
+    sde: SDE
+    score: Score
+
+    def at(self, t: Tensor) -> Callable[[Tensor], Tensor]:
+        """The field at a time, with all that depends on the time alone computed."""
+        f, g2 = self.sde.f_and_g2(t)
+        return lambda x: expand(f, x) * x - expand(0.5 * g2, x) * self.score(x, t)
+
+    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.at(t)(x)
+
+
 def probability_flow(sde: SDE, score: Score) -> Field:
     """The field ``(t, x) -> f(t) x - g(t)^2 score(x, t) / 2`` of the probability-flow ODE."""
-
-    def field(t: Tensor, x: Tensor) -> Tensor:
-        f, g2 = sde.f_and_g2(t)
-        return expand(f, x) * x - expand(0.5 * g2, x) * score(x, t)
-
-    return field
+    return _ProbabilityFlow(sde, score)
 
 
 def _check_tolerances(rtol: float, atol: float) -> None:
@@ -82,21 +93,29 @@ class DormandPrince:
     evaluated together; samples that have arrived wait for the others. Step control and first step after
     Hairer, Norsett and Wanner (1993), II.4.
 
+    Where ``x`` is differentiated, the result is differentiable with the steps taken as given; memory then grows
+    with the number of evaluations.
+
     Args:
         rtol, atol: the tolerances.
-        max_evaluations: per sample; more raise :class:`SolverError`.
+        max_evaluations: per sample; a sample that needs more has failed.
+        on_failure: ``"raise"`` :class:`SolverError`, or ``"nan"``: finish the other samples and say which failed.
     """
 
     rtol: float = 1e-5
     atol: float = 1e-5
     max_evaluations: int = 100_000
+    on_failure: str = "raise"
 
     def __post_init__(self) -> None:
         _check_tolerances(self.rtol, self.atol)
+        if self.on_failure not in ("raise", "nan"):
+            raise unknown_name("on_failure", self.on_failure, ("raise", "nan"))
 
     def _norm(self, error: Tensor, scale: Tensor) -> Tensor:
         return (error / scale).square().mean(1).sqrt()
 
+    @torch.no_grad()
     def _first_step(self, field: Field, x: Tensor, k: Tensor, t: Tensor, span: Tensor) -> Tensor:
         scale = self.atol + self.rtol * x.abs()
         d0, d1 = self._norm(x, scale), self._norm(k, scale)
@@ -114,7 +133,8 @@ class DormandPrince:
         """The state at ``t1`` given the state ``x`` (B, *D) at ``t0``.
 
         Raises:
-            SolverError: a sample needs more than ``max_evaluations``, or its field is not finite.
+            SolverError: a sample needs more than ``max_evaluations``, or its field is not finite; not with
+                ``on_failure="nan"``.
         """
         shape = x.shape
         if t0 == t1:
@@ -130,10 +150,12 @@ class DormandPrince:
         active = torch.ones_like(t, dtype=torch.bool)
         evaluations = torch.full_like(t, 2, dtype=torch.int64)
         k = flat_field(t, flat)
-        if not bool(torch.isfinite(k).all()):
-            raise SolverError(
-                f"the field is not finite at the start for samples {_names(~torch.isfinite(k).all(1))}"
-            )
+        failed = ~torch.isfinite(k).all(1)
+        if bool(failed.any()):
+            if self.on_failure == "raise":
+                raise SolverError(f"the field is not finite at the start for samples {_names(failed)}")
+            active = ~failed
+            k = torch.where(active[:, None], k, torch.zeros_like(k))
         h = self._first_step(flat_field, flat, k, t, end - t)
         rejected = torch.zeros_like(active)
         smallest = 1e-13 * max(abs(t0), abs(t1))
@@ -147,8 +169,9 @@ class DormandPrince:
                 new = flat + step.to(flat.dtype)[:, None] * slope
                 stages.append(flat_field(t + node * step, new))
             error = sum(w * s for w, s in zip(_ERROR, stages, strict=True) if w != 0)
-            scale = self.atol + self.rtol * torch.maximum(flat.abs(), new.abs())
-            ratio = self._norm(step.to(flat.dtype)[:, None] * error, scale).double()
+            with torch.no_grad():
+                scale = self.atol + self.rtol * torch.maximum(flat.abs(), new.abs())
+                ratio = self._norm(step.to(flat.dtype)[:, None] * error, scale).double()
             accept = (ratio <= 1) & active
             evaluations += 6 * active
             factor = (0.9 * ratio.clamp_min(1e-10) ** -0.2).clamp(0.2, 10.0).nan_to_num(0.2)
@@ -162,13 +185,16 @@ class DormandPrince:
             h = torch.where(active, h * factor, h)
             active = active & ~(accept & last)
             stuck = active & ((evaluations + 6 > self.max_evaluations) | (h < smallest))
-            if bool(stuck.any()):
+            if bool(stuck.any()) and self.on_failure == "nan":
+                failed, active = failed | stuck, active & ~stuck
+            elif bool(stuck.any()):
                 raise SolverError(
                     f"samples {_names(stuck)} did not reach t = {t1:g} within {self.max_evaluations} evaluations "
                     f"at rtol={self.rtol:g}, atol={self.atol:g} (stopped near t = {float(t[stuck][0]):.4g}); the "
                     "score there may not be finite, or the tolerance is below the rounding of the network"
                 )
-        return Solution(flat.reshape(shape), evaluations)
+        flat = torch.where(failed[:, None], torch.full_like(flat, torch.nan), flat)
+        return Solution(flat.reshape(shape), evaluations, failed)
 
 
 def _names(mask: Tensor, most: int = 10) -> str:

@@ -237,6 +237,12 @@ def _linear_beta_integral(sde: VP | SubVP, t: Tensor) -> Tensor:
     return t * (sde.beta_min + 0.5 * (sde.beta_max - sde.beta_min) * t)
 
 
+def _time_of_beta_integral(sde: VP | SubVP, integral: Tensor) -> Tensor:
+    slope = sde.beta_max - sde.beta_min
+    root = (sde.beta_min**2 + 2 * slope * integral).sqrt()
+    return (2 * integral / (sde.beta_min + root)).clamp(0, sde.t_max)
+
+
 def _check_linear_betas(sde: VP | SubVP) -> None:
     if not 0 < sde.beta_min <= sde.beta_max < math.inf:
         raise ValueError(
@@ -267,10 +273,7 @@ class VP(VariancePreserving):
     @in_float64
     def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
         """Closed form: ``int beta = log(1 + exp(-log_snr))``, a quadratic equation in t."""
-        integral = torch.nn.functional.softplus(-log_snr)
-        slope = self.beta_max - self.beta_min
-        root = (self.beta_min**2 + 2 * slope * integral).sqrt()
-        return (2 * integral / (self.beta_min + root)).clamp(0, self.t_max)
+        return _time_of_beta_integral(self, torch.nn.functional.softplus(-log_snr))
 
     def discretize(self, n: int, method: str = "song") -> Tensor:
         """Betas of an n-step DDPM chain, float64 (n,).
@@ -319,6 +322,11 @@ class SubVP(SDE):
     def variance(self, t: Tensor) -> Tensor:
         """``(1 - alpha^2)^2``."""
         return torch.expm1(2 * self.log_alpha(t)).square()
+
+    @in_float64
+    def time_of_log_snr(self, log_snr: Tensor) -> Tensor:
+        """Closed form: ``rho = (1 - alpha^2) / alpha = 2 sinh(int beta / 2)`` and a quadratic equation in t."""
+        return _time_of_beta_integral(self, 2 * torch.asinh(torch.exp(-0.5 * log_snr) / 2))
 
 
 @dataclass(frozen=True)

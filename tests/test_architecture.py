@@ -51,7 +51,7 @@ CHAINS = (
         "guidance",
         *EDGE,
     ),
-    ("errors tensors", FORWARD, "ode", "likelihood", "bound", *EDGE),
+    ("errors tensors", FORWARD, "ode", "divergence coordinates", "likelihood", "bound", *EDGE),
     (
         "errors tensors",
         "arrays devices",
@@ -82,6 +82,8 @@ ANY_SCORE += (
     "reverse_steps",
     "ode",
     "ode_sampling",
+    "divergence",
+    "coordinates",
     "likelihood",
     "bound",
 )

@@ -21,7 +21,7 @@ from problems import (
     random_mixture,
     times64,
 )
-from sde_diffusion.likelihood import dequantization_noise, make_divergence
+from sde_diffusion.likelihood import dequantization_noise
 
 sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 DATA = {
@@ -116,60 +116,109 @@ def test_a_linear_field_without_symmetry_in_closed_form() -> None:
     assert_close(out.log_prob, expected, rtol=1e-7, atol=1e-7)
 
 
-# Divergences -------------------------------------------------------------------------------------------
+@sdes
+def test_an_image_shaped_gaussian_of_64_dimensions_to_1e_5_nats(sde: sd.SDE) -> None:
+    data = random_mixture(1, (1, 8, 8))
+    x = samples(data, 2)
+    exact = data.marginal_log_prob(sde, x, times64(sde.t_min)[0])
+    found = likelihood(sde, data, x, rtol=1e-7, atol=1e-7)
+    assert_close(found.log_prob, exact, rtol=0, atol=1e-5)
 
 
-class Warped:
-    """A field that is no gradient, couples all elements, and differs between the samples of a batch."""
-
-    def __init__(self, dims: int) -> None:
-        self.a = torch.randn(dims, dims, dtype=torch.float64)
-        self.b = torch.randn(dims, dims, dtype=torch.float64)
-
-    def __call__(self, t: Tensor, x: Tensor) -> Tensor:
-        flat = x.flatten(1)
-        rate = (1 + t).to(x.dtype)[:, None]
-        bent = torch.sin(rate * (flat @ self.a.to(x.dtype).T)) @ self.b.to(x.dtype).T
-        return (bent + flat**2).reshape(x.shape)
-
-    def jacobian(self, t: Tensor, x: Tensor) -> Tensor:
-        """(B, D, D), by hand."""
-        flat, rate = x.flatten(1), (1 + t)[:, None]
-        inner = rate * torch.cos(rate * (flat @ self.a.T))
-        return torch.einsum("ik,nk,kj->nij", self.b, inner, self.a) + torch.diag_embed(2 * flat)
+def test_a_later_start_gives_the_density_there() -> None:
+    data, sde = mixture_2d(), sd.VP()
+    x = samples(data, 4)
+    found = likelihood(sde, data, x, t_start=0.2).log_prob
+    assert_close(found, data.marginal_log_prob(sde, x, times64(0.2)[0]), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(6,), (1, 2, 3), (2, 3, 1)])
-@pytest.mark.parametrize("chunk", [1, 4, 6, 64])
-def test_exact_divergence_is_the_trace_for_every_shape_and_chunk(shape: tuple[int, ...], chunk: int) -> None:
-    field, x, t = Warped(6), torch.randn(4, *shape, dtype=torch.float64), times64(0.1, 0.4, 0.6, 0.9)
-    value, divergence = sd.ExactDivergence(chunk)(field, t, x)
-    jacobian = field.jacobian(t, x)
-    automatic = torch.func.vmap(torch.func.jacrev(lambda x, t: field(t[None], x[None])[0]))(x, t)
-    assert_close(automatic.reshape(4, 6, 6), jacobian, rtol=1e-9, atol=1e-9)
-    assert_close(divergence, jacobian.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-10, atol=1e-10)
-    assert_close(value, field(t, x), rtol=0, atol=0)
-    assert not value.requires_grad and not divergence.requires_grad
+# Coordinates -------------------------------------------------------------------------------------------
+
+COORDINATES = {
+    "angle": sd.LogSNRCoordinates(),
+    "angle-0.3": sd.LogSNRCoordinates(0.3),
+    "log-snr": sd.LogSNRCoordinates(1.0, "log_snr"),
+    "log-snr-2": sd.LogSNRCoordinates(2.0, "log_snr"),
+    "time": sd.TimeCoordinates(),
+}
 
 
-@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
-@pytest.mark.parametrize("probes", [1, 4])
-def test_hutchinson_is_unbiased_with_the_variance_of_theory(distribution: str, probes: int) -> None:
-    """``2 ||S||_F^2 / K`` for Gaussian probes of the symmetric part S, without its diagonal for signs."""
-    field, n = Warped(5), 20_000
-    x, t = torch.randn(1, 5, dtype=torch.float64).expand(n, 5), times64(0.3).expand(n)
-    estimator = sd.HutchinsonDivergence(probes, distribution)
-    value, estimates = estimator(field, t, x, estimator.prepare(x, 0, 0))
-    jacobian = field.jacobian(t[:1], x[:1])[0]
-    symmetric = (jacobian + jacobian.T) / 2
-    squares = symmetric.square()
-    if distribution == "rademacher":
-        squares = squares - torch.diag(squares.diag())
-    variance = 2 * float(squares.sum()) / probes
-    assert float(estimates.mean()) == pytest.approx(float(jacobian.trace()), abs=3 * (variance / n) ** 0.5)
-    # The standard error of a variance, with room for the kurtosis of a quadratic form.
-    assert float(estimates.var()) == pytest.approx(variance, rel=5 * (2 / n) ** 0.5 * 2)
-    assert_close(value, field(t, x), rtol=0, atol=0)
+@pytest.mark.parametrize("name", COORDINATES)
+@pytest.mark.parametrize("sde", [sd.SubVP(), sd.VE(), sd.EDM()], ids=["subvp", "ve", "edm"])
+def test_coordinates_do_not_change_the_result(sde: sd.SDE, name: str) -> None:
+    data = mixture_2d()
+    x = samples(data, 4)
+    exact = data.marginal_log_prob(sde, x, times64(sde.t_min)[0])
+    found = likelihood(sde, data, x, coordinates=COORDINATES[name])
+    assert_close(found.log_prob, exact, rtol=0, atol=2e-4)
+    if sde.t_max == 1:
+        flow = likelihood(sde, data, x).latent
+        assert_close(found.latent, flow, rtol=2e-4, atol=2e-4)
+
+
+def test_the_angle_needs_the_same_few_evaluations_whatever_the_process() -> None:
+    data = mixture_2d()
+    x = samples(data, 3)
+    needed: dict[str, dict[str, float]] = {name: {} for name in ("angle", "log-snr", "time")}
+    for name, found in needed.items():
+        for process, sde in SDES.items():
+            out = likelihood(sde, data, x, coordinates=COORDINATES[name], rtol=1e-4, atol=1e-4)
+            found[process] = float(out.nfe_per_sample.double().mean())
+    angle = needed["angle"]
+    assert max(angle.values()) < 1.1 * min(angle.values()) < 70
+    assert angle["ve"] < 0.6 * needed["time"]["ve"]
+    for process in SDES:
+        assert angle[process] < 0.65 * needed["log-snr"][process]
+        assert angle[process] < 1.05 * needed["time"][process]
+
+
+def test_a_process_that_starts_without_noise() -> None:
+    """At ``t_min = 0`` the log-SNR is infinite and the angle 0."""
+    data, sde = mixture_2d(), sd.VP(t_min=0.0)
+    x = samples(data, 4)
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return data.score(sde)(x, t)
+
+    found = sd.log_likelihood(
+        sde, score, x, prior_log_prob=lambda z: data.marginal_log_prob(sde, z, times64(1.0)[0])
+    )
+    assert_close(found.log_prob, data.log_prob(x), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="the log-SNR is infinite at t = 0"):
+        sd.log_likelihood(sde, score, x, coordinates=COORDINATES["log-snr"])
+
+
+# Derivatives -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sde", [sd.VP(), sd.VE()], ids=["vp", "ve"])
+def test_the_gradient_of_the_likelihood_is_the_score(sde: sd.SDE) -> None:
+    data = mixture_2d()
+    x = samples(data, 3).requires_grad_()
+    out = likelihood(sde, data, x, rtol=1e-6, atol=1e-6)
+    (gradient,) = torch.autograd.grad(out.log_prob.sum(), x)
+    assert_close(gradient, data.score(sde)(x.detach(), times64(sde.t_min)[0]), rtol=1e-3, atol=1e-3)
+    assert_close(out.log_prob.detach(), likelihood(sde, data, x.detach(), rtol=1e-6, atol=1e-6).log_prob)
+    with torch.no_grad():
+        assert not likelihood(sde, data, x).log_prob.requires_grad
+
+
+def test_the_gradient_of_an_estimate_is_that_of_its_differences() -> None:
+    data, sde, h = random_mixture(2, (3,)), sd.VP(), 1e-4
+    x = samples(data, 2)
+    direction = torch.ones_like(x)
+
+    def estimate(x: Tensor) -> Tensor:
+        return likelihood(sde, data, x, divergence="hutchinson", probes=2, rtol=1e-7, atol=1e-7).log_prob
+
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(estimate(x).sum(), x)
+    x = x.detach()
+    differences = (estimate(x + h * direction) - estimate(x - h * direction)) / (2 * h)
+    assert_close(gradient.sum(1), differences, rtol=1e-3, atol=1e-3)
+
+
+# Estimates -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("divergence", ["hutchinson", "gaussian"])
@@ -356,6 +405,8 @@ def test_dequantization_noise_is_uniform_and_belongs_to_the_image() -> None:
         ),
         ({"divergence": "hutchinson", "probes": 0}, "probes must be an integer >= 1, got 0"),
         ({"rtol": 0.0}, "tolerances must be positive"),
+        ({"on_failure": "skip"}, "unknown on_failure 'skip'"),
+        ({"t_start": 1.0}, r"t_start must lie in \[1e-05, 1.0\), got 1.0"),
         ({"seed": -1, "divergence": "hutchinson"}, "a seed must be an integer from 0"),
     ],
 )
@@ -368,11 +419,8 @@ def test_what_makes_no_sense_is_refused(options: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: sd.ExactDivergence(chunk=0), "chunk must be an integer >= 1, got 0"),
-        (lambda: sd.ExactDivergence(chunk=2.5), "chunk must be an integer >= 1, got 2.5"),
-        (lambda: sd.HutchinsonDivergence(probes=1.5), "probes must be an integer >= 1, got 1.5"),
-        (lambda: sd.HutchinsonDivergence(distribution="normal"), "unknown probe distribution 'normal'"),
-        (lambda: make_divergence("trace"), "unknown divergence 'trace'"),
+        (lambda: sd.LogSNRCoordinates(0.0), "sigma_data must be positive and finite, got 0.0"),
+        (lambda: sd.LogSNRCoordinates(1.0, "rho"), "unknown variable 'rho'"),
         (lambda: sd.bits_per_dim(torch.zeros(1), 3, levels=1), "levels must be an integer >= 2, got 1"),
         (lambda: sd.bits_per_dim(torch.zeros(1), 3, levels=255.5), "levels must be an integer >= 2"),
         (lambda: sd.bits_per_dim(torch.zeros(1), 0), "num_dims must be an integer >= 1, got 0"),
@@ -383,11 +431,41 @@ def test_wrong_settings_are_refused(build: Callable[[], object], message: str) -
         build()
 
 
-def test_a_score_that_is_not_finite_names_the_samples() -> None:
-    def score(x: Tensor, t: Tensor) -> Tensor:
-        return torch.where(x.abs().amax(1, keepdim=True) > 50, torch.full_like(x, math.nan), -x)
+def _bad_far_away(x: Tensor, t: Tensor) -> Tensor:
+    return torch.where(x.abs().amax(1, keepdim=True) > 50, torch.full_like(x, math.nan), -x)
 
+
+def test_a_score_that_is_not_finite_names_the_samples() -> None:
     x = torch.zeros(3, 2)
     x[1] = 100.0
     with pytest.raises(sd.SolverError, match="samples 1"):
-        sd.log_likelihood(sd.VP(), score, x)
+        sd.log_likelihood(sd.VP(), _bad_far_away, x)
+
+
+@pytest.mark.parametrize("coordinates", [sd.TimeCoordinates(), sd.LogSNRCoordinates()])
+def test_the_others_are_finished_where_one_fails(coordinates: sd.LogSNRCoordinates) -> None:
+    """One is not finite from the start, one on its way."""
+    x = torch.tensor([[0.3, -0.2], [100.0, 0.0], [1.0, 2.0], [8.0, 0.5]])
+    late = torch.tensor([False, False, False, True])
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        wrong = late[-len(x) :] & (t > 0.5) if len(x) == 4 else torch.zeros(len(x), dtype=torch.bool)
+        return torch.where(wrong[:, None], torch.full_like(x, math.nan), _bad_far_away(x, t))
+
+    options = {"coordinates": coordinates, "on_failure": "nan"}
+    out = sd.log_likelihood(sd.VP(), score, x, **options)
+    assert out.failed.tolist() == [False, True, False, True]
+    assert torch.isnan(out.log_prob).tolist() == out.failed.tolist()
+    alone = sd.log_likelihood(sd.VP(), score, x[[0, 2]], **options)
+    assert torch.equal(out.log_prob[[0, 2]], alone.log_prob) and not bool(alone.failed.any())
+
+
+def test_a_tolerance_that_cannot_be_met_within_the_cap() -> None:
+    data, sde = mixture_2d(), sd.VP()
+    x = samples(data, 4)
+    needed = likelihood(sde, data, x).nfe_per_sample
+    cap = int(needed.min())
+    out = likelihood(sde, data, x, max_evaluations=cap, on_failure="nan")
+    assert out.failed.tolist() == (needed > cap).tolist() and 0 < int(out.failed.sum()) < 4
+    with pytest.raises(sd.SolverError, match=f"within {cap} evaluations"):
+        likelihood(sde, data, x, max_evaluations=cap)

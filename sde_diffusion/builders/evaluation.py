@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ml_collections import ConfigDict
 
 from sde_diffusion.builders.shared import block_errors, positive
-from sde_diffusion.likelihood import Divergence, make_divergence
+from sde_diffusion.divergence import Divergence, make_divergence
 from sde_diffusion.ode import DormandPrince
 from sde_diffusion.score import ScoreModel
 from sde_diffusion.variances import FixedSmall, ReverseVariance, fixed_variance
