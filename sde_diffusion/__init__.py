@@ -6,10 +6,29 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING
 from typing import Any as _Any
 
-from sde_diffusion.analytic import GaussianMixture
+from sde_diffusion.analytic import GaussianMixture, MixtureScore
 from sde_diffusion.bound import Bound, continuous_bound, ode_bound, variational_bound
 from sde_diffusion.coordinates import LogSNRCoordinates, TimeCoordinates
-from sde_diffusion.correctors import AnnealedLangevin, Corrector, Langevin
+from sde_diffusion.correctors import (
+    MALA,
+    SGHMC,
+    SGLD,
+    SNR,
+    AnnealedLangevin,
+    Barker,
+    Corrector,
+    Decaying,
+    DualAveraging,
+    Fixed,
+    ImplicitLangevin,
+    Langevin,
+    PreconditionedSGLD,
+    Renoise,
+    Report,
+    SigmaScaled,
+    TamedLangevin,
+    Underdamped,
+)
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.decoders import DiscretizedGaussian, GaussianDecoder
 from sde_diffusion.divergence import ExactDivergence, HutchinsonDivergence, HutchPlusPlus
@@ -20,6 +39,7 @@ from sde_diffusion.likelihood import (
     bits_per_dim,
     log_likelihood,
 )
+from sde_diffusion.minibatch import MinibatchScore
 from sde_diffusion.noise import SampleNoise
 from sde_diffusion.ode import (
     DormandPrince,

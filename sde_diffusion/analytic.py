@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -115,20 +115,40 @@ class GaussianMixture:
         t = as_time(t).to(x.device).double()
         return self._components(x, sde.alpha(t), sde.variance(t))[0].logsumexp(1).to(x.dtype)
 
-    def score(self, sde: SDE) -> Callable[[Tensor, Tensor], Tensor]:
-        """The exact score ``(x, t) -> grad_x log p_t(x)`` of the mixture diffused by ``sde``."""
+    def component_scores(self, sde: SDE, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """``log(w_k p_t(x | k))`` (n, K) and ``grad_x log p_t(x | k)`` (n, K, D) under ``sde``, float64."""
+        t = as_time(t).to(x.device).double()
+        joint, along, variances, eigenvectors = self._components(x, sde.alpha(t), sde.variance(t))
+        return joint, -torch.einsum("kij,nkj->nki", eigenvectors, along / variances)
 
-        def score(x: Tensor, t: Tensor) -> Tensor:
-            t = as_time(t).to(x.device).double()
-            joint, along, variances, eigenvectors = self._components(x, sde.alpha(t), sde.variance(t))
-            responsibility = joint.softmax(1)
-            gradient = -torch.einsum("nk,kij,nkj->ni", responsibility, eigenvectors, along / variances)
-            return gradient.reshape(x.shape).to(x.dtype)
-
-        return score
+    def score(self, sde: SDE) -> MixtureScore:
+        """The exact score ``(x, t) -> grad_x log p_t(x)`` of the mixture diffused by ``sde``; it has the energy, too:
+        ``log_prob(x, t)``."""
+        return MixtureScore(self, sde)
 
     def posterior_weights(self, x: Tensor) -> Tensor:
         """The probability that ``x`` came from each component, (n, *shape) -> (n, K)."""
         self._check_density()
         one, zero = x.new_ones((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
         return self._components(x, one, zero)[0].softmax(1)
+
+
+@dataclass(frozen=True, eq=False)
+class MixtureScore:
+    """The exact score of a mixture diffused by an SDE, and the log-density that it is the gradient of."""
+
+    mixture: GaussianMixture
+    sde: SDE
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """``grad_x log p_t(x)``, of the shape and type of ``x``."""
+        t = as_time(t).to(x.device).double()
+        joint, along, variances, eigenvectors = self.mixture._components(
+            x, self.sde.alpha(t), self.sde.variance(t)
+        )
+        gradient = -torch.einsum("nk,kij,nkj->ni", joint.softmax(1), eigenvectors, along / variances)
+        return gradient.reshape(x.shape).to(x.dtype)
+
+    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
+        """``log p_t(x)`` in nats, (n,)."""
+        return self.mixture.marginal_log_prob(self.sde, x, t)

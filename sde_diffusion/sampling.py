@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sde_diffusion.correctors import Corrector
+from sde_diffusion.correctors import Corrector, Report, start_chain
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.noise import NoiseSource, SampleNoise
 from sde_diffusion.predictors import Predictor, is_stochastic, start_run
@@ -33,6 +33,11 @@ class CountedScore:
         self.evaluations += 1
         return self.score(x, t)
 
+    @property
+    def log_prob(self) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The score's own energy, if it has one; it is asked where the score is, and not counted."""
+        return getattr(self.score, "log_prob", None)
+
 
 @dataclass(frozen=True)
 class SampleOutput:
@@ -42,11 +47,13 @@ class SampleOutput:
         x: the samples, (B, *D).
         nfe: network evaluations per sample.
         trajectory: the state at every time of the grid, (n + 1, B, *D), where asked for.
+        reports: for each corrector what each of its steps did, in order, where asked for.
     """
 
     x: Tensor
     nfe: int
     trajectory: Tensor | None = field(default=None, repr=False)
+    reports: tuple[list[Report], ...] = field(default=(), repr=False)
 
 
 def check_shape(shape: Sequence[int]) -> tuple[int, ...]:
@@ -79,6 +86,7 @@ def sample(
     order: str = "corrector-first",
     denoise: bool = True,
     trajectory: bool = False,
+    reports: bool = False,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -104,12 +112,14 @@ def sample(
         seed: of the noise.
         first_index: the index of the first sample, to draw a large set in batches.
         noise: a source of standard normal draws instead of the seed. Order of consumption: the initial
-            state (unless ``x_init`` is given), then within each step one draw for each corrector step and
-            one for the predictor if it is stochastic, in the order they run.
+            state (unless ``x_init`` is given), then within each step one draw for each corrector step (those
+            that need more take it after their first) and one for the predictor if it is stochastic, in the order
+            they run.
         x_init: the initial state at ``times[0]`` instead of the prior.
         order: ``"corrector-first"`` or ``"predictor-first"``.
         denoise: whether to end with the posterior mean of the data, where the grid ends with noise.
         trajectory: whether to keep the state at every time.
+        reports: whether the correctors report on every step: its size, acceptance, signal-to-noise ratio.
         progress: whether to show a progress bar.
         dtype: of the state; float32 or float64.
         device: of the state.
@@ -145,11 +155,16 @@ def sample(
         x = x_init.to(device=device, dtype=dtype)
     counted = CountedScore(score)
     states = [x]
+    records: tuple[list[Report], ...] = tuple([] for _ in correctors)
+    chains = [
+        start_chain(corrector, sde, draw, record.append if reports else None)
+        for corrector, record in zip(correctors, records, strict=True)
+    ]
 
     def correct(x: Tensor, t: Tensor) -> Tensor:
-        for corrector in correctors:
-            for _ in range(corrector.steps):
-                x = corrector.step(sde, counted, x, t, draw())
+        for chain in chains:
+            for _ in range(chain.steps):
+                x = chain.step(sde, counted, x, t, draw())
         return x
 
     stepper = start_run(predictor, sde, grid, draw)
@@ -166,4 +181,5 @@ def sample(
             states.append(x)
     if denoise and float(sde.variance(grid[-1])) > 0:
         x = sde.posterior_mean(x, counted(x, grid[-1]), grid[-1])
-    return SampleOutput(x, counted.evaluations, torch.stack(states) if trajectory else None)
+    states_kept = torch.stack(states) if trajectory else None
+    return SampleOutput(x, counted.evaluations, states_kept, records if reports else ())

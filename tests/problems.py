@@ -40,6 +40,27 @@ CORRECTORS: dict[str, tuple[sd.Corrector, ...]] = {
     "annealed-langevin": (sd.AnnealedLangevin(snr=0.16),),
 }
 
+# Every corrector of the package with steps small enough for a mixture in the plane.
+KERNELS: dict[str, sd.Corrector] = {
+    "langevin": sd.Langevin(snr=0.1),
+    "langevin-batch": sd.Langevin.original(snr=0.1),
+    "annealed": sd.AnnealedLangevin(snr=0.1),
+    "sgld": sd.SGLD(sd.SigmaScaled(0.02)),
+    "sgld-decaying": sd.SGLD.decaying(0.04),
+    "sgld-displacement": sd.SGLD(sd.DualAveraging(0.2, of="displacement", initial=0.01)),
+    "psgld": sd.PreconditionedSGLD(sd.SigmaScaled(0.01)),
+    "baoab": sd.Underdamped(sd.SigmaScaled(0.05)),
+    "sghmc": sd.SGHMC(sd.SigmaScaled(0.002)),
+    "mala": sd.MALA(sd.SigmaScaled(0.3), energy="exact"),
+    "mala-path": sd.MALA(sd.SigmaScaled(0.2), points=4),
+    "mala-adapted": sd.MALA(sd.DualAveraging(0.8), energy="exact"),
+    "barker": sd.Barker(sd.SigmaScaled(0.3), energy="exact"),
+    "barker-unadjusted": sd.Barker(sd.SigmaScaled(0.02), adjusted=False),
+    "tamed": sd.TamedLangevin(sd.SigmaScaled(0.02)),
+    "implicit": sd.ImplicitLangevin(sd.SigmaScaled(0.1)),
+    "renoise": sd.Renoise(0.02),
+}
+
 
 def times64(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)

@@ -29,7 +29,7 @@ EDGE = (
     "jobs",
     "run",
 )
-FORWARD = "cells sdes ddpm schedules learned_schedule parametrization variances decoders noise analytic"
+FORWARD = "cells sdes ddpm schedules learned_schedule parametrization variances decoders noise analytic minibatch"
 CHAINS = (
     (
         "errors tensors",
@@ -75,6 +75,7 @@ LEARNING = {
 LEARNING |= {"checkpoint", "ema", "data", "metrics", "pictures"}
 LEARNING |= {"chain_losses", "learned_variance"}
 ANY_SCORE = ("sdes", "ddpm", "schedules", "learned_schedule", "variances", "decoders", "analytic", "times")
+ANY_SCORE += ("minibatch",)
 ANY_SCORE += (
     "predictors",
     "correctors",
