@@ -29,7 +29,9 @@ EDGE = (
     "jobs",
     "run",
 )
-FORWARD = "cells sdes ddpm schedules learned_schedule parametrization variances decoders noise analytic minibatch"
+FORWARD = (
+    "cells sdes ddpm schedules learned_schedule parametrization variances decoders noise analytic minibatch"
+)
 CHAINS = (
     (
         "errors tensors",
