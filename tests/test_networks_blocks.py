@@ -10,7 +10,14 @@ import torch
 from torch.nn import functional as F
 
 from sde_diffusion.networks import MLP, UNet
-from sde_diffusion.networks.attention import attend, cached_attention, plain_attention
+from sde_diffusion.networks.attention import (
+    ChannelAttention,
+    attend,
+    attend_channels,
+    attend_tokens,
+    cached_attention,
+    plain_attention,
+)
 from sde_diffusion.networks.blocks import (
     AverageDownsample,
     RepeatUpsample,
@@ -20,6 +27,8 @@ from sde_diffusion.networks.blocks import (
     StridedUpsample,
     dropout,
     group_count,
+    in_rows,
+    pointwise,
     repeat_and_convolve,
 )
 from sde_diffusion.networks.embeddings import (
@@ -178,6 +187,77 @@ def test_attention_in_portions_is_the_formula_with_all_its_derivatives() -> None
         for f in (cached_attention, plain_attention)
     ]
     torch.testing.assert_close(grads[0], grads[1])
+
+
+def attention_in_channels(qkv: torch.Tensor, heads: int) -> torch.Tensor:
+    """The formula, for (B, 3 C, T)."""
+    q, k, v = qkv.unflatten(1, (3, heads, -1)).unbind(1)
+    scores = torch.einsum("bhdq,bhdk->bhqk", q, k) / q.shape[2] ** 0.5
+    return torch.einsum("bhqk,bhdk->bhdq", scores.softmax(-1), v).flatten(1, 2)
+
+
+# With large logits exponentials alone would overflow; with 256 tokens there are several portions.
+@pytest.mark.parametrize(("scale", "tokens"), [(1.0, 6), (30.0, 6), (1.0, 256)])
+@pytest.mark.parametrize(("heads", "batch"), [(1, 5), (3, 2)])
+def test_attention_with_channels_first_and_its_gradient(
+    scale: float, tokens: int, heads: int, batch: int
+) -> None:
+    qkv = torch.randn(batch, 3 * 6 * heads, tokens, dtype=torch.float64)
+    qkv = qkv.mul_(scale).requires_grad_()
+    got, expected = ChannelAttention.apply(qkv, heads), attention_in_channels(qkv, heads)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    weights = torch.randn_like(got)
+    gradients = [torch.autograd.grad((out * weights).sum(), qkv)[0] for out in (got, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_attention_with_channels_first_is_as_exact_as_the_formula_in_bfloat16(scale: float) -> None:
+    qkv = (scale * torch.randn(8, 3 * 4 * 16, 256)).bfloat16().requires_grad_()
+    exact = qkv.detach().double().requires_grad_()
+    weights = torch.randn(8, 64, 256, dtype=torch.bfloat16)
+    truth = attention_in_channels(exact, 4)
+    truths = truth, torch.autograd.grad((truth * weights).sum(), exact)[0]
+    errors = []
+    for function in (lambda: attend_channels(qkv, 4, True), lambda: attention_in_channels(qkv, 4)):
+        out = function()
+        found = out, torch.autograd.grad((out * weights).sum(), qkv)[0]
+        errors.append(
+            [float(((a - b).norm() / b.norm()).detach()) for a, b in zip(found, truths, strict=True)]
+        )
+    assert errors[0][0] < 1.5 * errors[1][0]
+    assert errors[0][1] < 1.5 * errors[1][1]
+    with torch.no_grad():
+        torch.testing.assert_close(attend_channels(qkv, 4, False), attend_channels(qkv, 4, True))
+
+
+def test_attention_with_channels_first_leaves_other_derivatives_to_the_formula() -> None:
+    qkv = torch.randn(2, 3 * 8, 64).bfloat16()
+    tangent = torch.randn_like(qkv)
+    got, expected = (
+        torch.func.jvp(f, (qkv,), (tangent,))[1].float()
+        for f in (lambda x: attend_channels(x, 2, True), lambda x: attention_in_channels(x, 2))
+    )
+    assert (got - expected).norm() < 0.02 * expected.norm()
+    batched = torch.func.vmap(lambda x: attend_channels(x[None], 2, True)[0])(qkv)
+    torch.testing.assert_close(batched, attend_channels(qkv, 2, True), rtol=0.03, atol=0.03)
+    single = qkv.float()
+    tokens = attend_tokens(single.transpose(1, 2), 2, True).transpose(1, 2)
+    torch.testing.assert_close(attend_channels(single, 2, True), tokens)
+
+
+def test_pointwise_is_the_convolution() -> None:
+    x, weight, bias = torch.randn(3, 6, 8, 9), torch.randn(5, 6, 1, 1), torch.randn(5)
+    expected = F.conv2d(x, weight, bias)
+    torch.testing.assert_close(pointwise(x, weight, bias), expected)
+    half = [tensor.bfloat16().requires_grad_() for tensor in (x, weight, bias)]
+    got = pointwise(*half)
+    assert got.dtype == torch.bfloat16 and in_rows(half[0])
+    other = F.conv2d(*half)
+    torch.testing.assert_close(got, other, rtol=0.02, atol=0.02)
+    weights = torch.randn_like(got)
+    for a, b in zip(*(torch.autograd.grad((o * weights).sum(), half) for o in (got, other)), strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
 
 
 @pytest.mark.parametrize("size", [(1, 3, 5), (4, 9, 8)])  # below and above where weights are folded

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -67,3 +70,116 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return plain_attention(q, k, v)
     pieces = zip(*(tensor.flatten(0, 1).split(portion) for tensor in (q, k, v)), strict=True)
     return torch.cat([plain_attention(*piece) for piece in pieces]).unflatten(0, (batch, heads))
+
+
+def attend_channels(qkv: Tensor, heads: int, training: bool) -> Tensor:
+    """:func:`attend_tokens` with channels before tokens, as images have them.
+
+    On CPUs the tokens are then the long, contiguous side of every product of matrices, and nothing is
+    transposed.
+
+    Args:
+        qkv: (B, 3 C, T), the channels in the order (q/k/v, head, channel of the head).
+        heads, training: as in :func:`attend_tokens`.
+
+    Returns:
+        (B, C, T).
+    """
+    if not _own_kernel(qkv, training):
+        return attend_tokens(qkv.transpose(1, 2), heads, training).transpose(1, 2)
+    needed = torch.is_grad_enabled() and qkv.requires_grad
+    return ChannelAttention.apply(qkv, heads) if needed else _portions(qkv, heads, keep=False)[0]
+
+
+def _own_kernel(qkv: Tensor, training: bool) -> bool:
+    """Whether :class:`ChannelAttention` may be used: in bfloat16 on CPUs, where first derivatives are enough."""
+    small = qkv.shape[2] <= 1024 and qkv.dtype == torch.bfloat16
+    if qkv.device.type != "cpu" or not small or torch.compiler.is_compiling():
+        return False
+    if not training and torch.is_grad_enabled():
+        return False
+    # torch's own question for its autograd functions; without it the answer is no, which is only slower.
+    transformed = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    return not transformed() and torch.autograd.forward_ad._current_level < 0
+
+
+#: The largest logit whose exponential needs no shift: sums of a million of them, or of their inverses, are in
+#: the range of 8 exponent bits.
+_SAFE_LOGIT = 60.0
+
+
+class ChannelAttention(torch.autograd.Function):
+    """Attention with channels before tokens, (B, 3 C, T) -> (B, C, T), and its first derivative, for CPUs.
+
+    With P = exp(k^T q / sqrt(d)), keys before queries, the result is ``(v P) / (1 P)``: the sums 1 P come as
+    one more row of the product with v, and no pass over P normalises it. Where a logit may be too large for
+    that, P is the softmax. The backward pass is that of Dao et al. (2022, "FlashAttention", app. B.2) on the P
+    kept: dS = P * (v^T g - D) with D = sum over channels of g * out, where D is one more row of the product.
+
+    All goes by a few heads at a time, which stay in the cache, see :func:`cached_attention`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, heads: int) -> Tensor:
+        out, saved = _portions(qkv, heads, keep=True)
+        ctx.save_for_backward(*saved, out)
+        ctx.heads = heads
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        q, k, v, sums, weights, out = ctx.saved_tensors
+        _, channels, tokens = out.shape
+        width = channels // ctx.heads
+        g = grad.to(q.dtype).reshape(-1, width, tokens)
+        if sums is not None:
+            g = g / sums
+        wide = torch.cat([g, -(g * out.view(g.shape)).sum(1, keepdim=True)], 1)
+        dq, dk, dv = q.new_empty(3, *q.shape)
+        portion = _portion(tokens, q)
+        slopes = q.new_empty(min(portion, len(q)), tokens, tokens)
+        for start in range(0, len(q), portion):
+            piece = slice(start, min(start + portion, len(q)))
+            p, ds = weights[piece], slopes[: piece.stop - start]
+            torch.bmm(v[piece].transpose(1, 2), wide[piece], out=ds)
+            ds.mul_(p)
+            torch.bmm(k[piece], ds, out=dq[piece])
+            torch.bmm(q[piece], ds.transpose(1, 2), out=dk[piece])
+            torch.bmm(g[piece], p.transpose(1, 2), out=dv[piece])
+        # q was scaled, so dk is right and dq is not yet.
+        parts = [part.view(out.shape) for part in (dq.mul_(width**-0.5), dk, dv)]
+        return torch.cat(parts, 1), None
+
+
+def _portion(tokens: int, like: Tensor) -> int:
+    return max(1, _CACHE // (tokens * tokens * like.element_size()))
+
+
+@torch.no_grad()
+def _portions(qkv: Tensor, heads: int, *, keep: bool) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The attention (B, C, T), and what its derivative needs if ``keep``."""
+    batch, channels, tokens = qkv.shape
+    q, k, v = qkv.view(batch, 3, heads, -1, tokens).unbind(1)
+    width = q.shape[2]
+    q = (q * width**-0.5).flatten(0, 1)
+    k = k.flatten(0, 1)
+    # Cauchy and Schwarz: no logit is larger than this.
+    largest = (q.square().sum(1).amax() * k.square().sum(1).amax()).sqrt()
+    plain = bool(largest < _SAFE_LOGIT)
+    v = torch.cat([v, v.new_ones(batch, heads, 1, tokens)], 2).flatten(0, 1)
+    portion = _portion(tokens, q)
+    weights = q.new_empty(len(q) if keep else min(portion, len(q)), tokens, tokens)
+    out = q.new_empty(len(q), width + 1, tokens)
+    for start in range(0, len(q), portion):
+        piece = slice(start, min(start + portion, len(q)))
+        p = weights[piece] if keep else weights[: piece.stop - start]
+        torch.bmm(k[piece].transpose(1, 2), q[piece], out=p)
+        if plain:
+            p.exp_()
+        else:
+            torch.softmax(p, 1, out=p)
+        torch.bmm(v[piece], p, out=out[piece])
+    sums = out[:, width:] if plain else None
+    result = out[:, :width] / sums if plain else out[:, :width]
+    return result.reshape(batch, channels // 3, tokens), (q, k, v, sums, weights) if keep else ()

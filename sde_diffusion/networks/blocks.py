@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sde_diffusion.networks.attention import attend_tokens
+from sde_diffusion.networks.attention import attend_channels, attend_tokens
 from sde_diffusion.networks.checks import positive_int, probability
 
 
@@ -104,7 +104,9 @@ class ResBlock(nn.Module):
         else:
             h = self.norm2(h + modulation)
         h = self.conv2(dropout(F.silu(h), self.dropout, self.training))
-        return _residual(self.skip(x), h, self.out_scale)
+        skip = self.skip
+        kept = pointwise(x, skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else x
+        return _residual(kept, h, self.out_scale)
 
 
 class SelfAttention(nn.Module):
@@ -138,13 +140,38 @@ class SelfAttention(nn.Module):
         self.out_scale = out_scale * math.sqrt(0.5) if skip_rescale else out_scale
         self.norm = nn.Identity() if groups is None else group_norm(channels, groups, eps, min_group_size)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zero_init(nn.Linear(channels, channels))
+        self.out = nn.Linear(channels, channels)
+        zero_init(self.out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, channels, H, W) -> the same shape."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)
-        h = self.out(attend_tokens(self.qkv(tokens), self.heads, self.training))
+        h = self.norm(x)
+        if in_rows(h):
+            qkv = pointwise(h, self.qkv.weight, self.qkv.bias).flatten(2)
+            h = attend_channels(qkv, self.heads, self.training).unflatten(2, x.shape[2:])
+            return _residual(x, pointwise(h, self.out.weight, self.out.bias), self.out_scale)
+        h = self.out(attend_tokens(self.qkv(h.flatten(2).transpose(1, 2)), self.heads, self.training))
         return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.out_scale)
+
+
+def in_rows(x: Tensor) -> bool:
+    """Whether x (B, C, H, W) is best computed with as a matrix (C, H W) per image: in bfloat16 on CPUs."""
+    here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return here and x.is_contiguous() and x.shape[2] * x.shape[3] >= 64
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear map of the channels at each pixel: x (B, C, H, W), weight (C', C) or (C', C, 1, 1) -> (B, C', H, W).
+
+    As a product of matrices, with nothing transposed, it is twice as fast as the convolution in bfloat16 on CPUs
+    (torch 2.13), unless the pixels are so few that the weights' gradients, one per image, outweigh it.
+    """
+    weight = weight.flatten(1)
+    if not in_rows(x) or bias is None:
+        return F.conv2d(x, weight.unflatten(1, (-1, 1, 1)), bias)
+    batch, _, height, width = x.shape
+    shift = bias[:, None].expand(batch, -1, 1)
+    return torch.baddbmm(shift, weight.expand(batch, -1, -1), x.flatten(2)).unflatten(2, (height, width))
 
 
 class StridedDownsample(nn.Module):
