@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,36 @@ def test_weights_in_a_file_of_torch(tmp_path: Path) -> None:
     (path / "unet" / WEIGHTS).unlink()
     given, read = load_pretrained(SMALL).net.state_dict(), load_pretrained(path).net.state_dict()
     assert all(torch.equal(given[key], read[key]) for key in given)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_models_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str) -> None:
+    remote = copied(tmp_path)
+    if suffix == "bin":
+        torch.save(load_file(remote / "unet" / WEIGHTS), remote / "unet" / "diffusion_pytorch_model.bin")
+        (remote / "unet" / WEIGHTS).unlink()
+    asked, cache = [], tmp_path / "cache"
+
+    def snapshot_download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, *allow_patterns))
+        for file in (f for pattern in allow_patterns for f in remote.rglob(pattern)):
+            place = cache / file.relative_to(remote)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, place)
+        return str(cache)
+
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    given, read = load_pretrained(SMALL).net.state_dict(), load_pretrained("somebody/digits").net.state_dict()
+    assert all(torch.equal(given[key], read[key]) for key in given)
+    assert asked[0] == ("somebody/digits", "*.json", "*.safetensors")
+    assert len(asked) == (1 if suffix == "safetensors" else 2)
+
+
+def test_the_hub_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"huggingface_hub.*pip install 'sde_diffusion\[hub\]'"):
+        load_pretrained("somebody/digits")
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,10 @@ def locate(path_or_repo: str | Path) -> Path:
         raise missing_package(
             "huggingface_hub", f"loading {name!r} from the Hugging Face hub", "hub"
         ) from None
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    if not any(folder.rglob("*.safetensors")):  # an older repository, with torch's own files
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.bin"]))
+    return folder
 
 
 def read_config(config: Any) -> Mapping[str, Any] | Preset | None:
