@@ -67,6 +67,7 @@ from sde_diffusion.predictors import (
 )
 from sde_diffusion.quantized import QuantizedScoreModel
 from sde_diffusion.sampling import SampleOutput, sample
+from sde_diffusion.scipy_ode import ScipyRK45
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import EDM, SDE, VE, VP, CosineVP, SubVP, VariancePreserving
 from sde_diffusion.times import (

@@ -66,7 +66,8 @@ def probability_flow(sde: SDE, score: Score) -> Field:
     return _ProbabilityFlow(sde, score)
 
 
-def _check_tolerances(rtol: float, atol: float) -> None:
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raises ValueError for tolerances that no solver can use."""
     if not 0 < rtol < 1 or not 0 < atol < float("inf"):
         raise ValueError(f"tolerances must be positive, and rtol below 1, got rtol={rtol!r}, atol={atol!r}")
 
@@ -108,7 +109,7 @@ class DormandPrince:
     on_failure: str = "raise"
 
     def __post_init__(self) -> None:
-        _check_tolerances(self.rtol, self.atol)
+        check_tolerances(self.rtol, self.atol)
         if self.on_failure not in ("raise", "nan"):
             raise unknown_name("on_failure", self.on_failure, ("raise", "nan"))
 
@@ -274,7 +275,7 @@ class TorchDiffEq:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        _check_tolerances(self.rtol, self.atol)
+        check_tolerances(self.rtol, self.atol)
         if self.method not in (*_ADAPTIVE, *_FIXED_STEP):
             raise unknown_name("method", self.method, (*_ADAPTIVE, *_FIXED_STEP))
         if self.method in _ADAPTIVE and self.step_size is not None:

@@ -53,7 +53,7 @@ CHAINS = (
         "guidance",
         *EDGE,
     ),
-    ("errors tensors", FORWARD, "ode", "divergence coordinates", "likelihood", "bound", *EDGE),
+    ("errors tensors", FORWARD, "ode", "scipy_ode", "divergence coordinates", "likelihood", "bound", *EDGE),
     (
         "errors tensors",
         "arrays devices",
@@ -85,6 +85,7 @@ ANY_SCORE += (
     "reverse_steps",
     "ode",
     "ode_sampling",
+    "scipy_ode",
     "divergence",
     "coordinates",
     "likelihood",

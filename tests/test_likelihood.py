@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from problems import (
     times64,
 )
 from sde_diffusion.likelihood import dequantization_noise
+from shared_data import shared_path
 
 sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 DATA = {
@@ -294,7 +296,12 @@ def test_value_and_derivative_share_one_evaluation_of_the_network(divergence: st
 
 
 @pytest.mark.parametrize(
-    "solver", [sd.TorchDiffEq("dopri5", 1e-6, 1e-6), sd.Heun(sd.log_snr_times(sd.VP(), 200))]
+    "solver",
+    [
+        sd.TorchDiffEq("dopri5", 1e-6, 1e-6),
+        sd.Heun(sd.log_snr_times(sd.VP(), 200)),
+        sd.ScipyRK45(1e-6, 1e-6),
+    ],
 )
 def test_any_solver_will_do(solver) -> None:
     data, sde = random_mixture(2, (3,)), sd.VP()
@@ -329,6 +336,60 @@ def test_a_network_inside_and_the_callers_gradients() -> None:
     jacobian = torch.autograd.functional.jacobian(lambda x: field(t, x), x)
     _, divergence = sd.ExactDivergence()(field, t, x)
     assert_close(divergence, torch.einsum("nini->n", jacobian), rtol=1e-4, atol=1e-5)
+
+
+def test_scipy_in_the_angle_and_its_failures() -> None:
+    data, sde = mixture_2d(), sd.VE()
+    x = samples(data, 3)
+    solver = sd.ScipyRK45(1e-8, 1e-8)
+    found = likelihood(sde, data, x, solver=solver, coordinates=sd.LogSNRCoordinates()).log_prob
+    exact = data.marginal_log_prob(sde, x, times64(sde.t_min)[0])
+    assert_close(found, exact, rtol=0, atol=1e-5)
+    with pytest.raises(sd.SolverError, match="SciPy's RK45 stopped"):
+        likelihood(sde, data, x, solver=solver, divergence=NotFinite())
+
+
+class NotFinite(sd.ExactDivergence):
+    def __call__(self, field, t, x, prepared=None):
+        value, trace = super().__call__(field, t, x)
+        return value, torch.where(t > 0.3, math.nan, trace)
+
+
+# The reference ------------------------------------------------------------------------------------------
+
+
+class Probe(sd.HutchinsonDivergence):
+    """With the probe of the reference instead of its own."""
+
+    def prepare(self, x: Tensor, seed: int, first_index: int) -> Tensor:
+        with np.load(shared_path("fixtures", "score_sde", "likelihood.npz")) as reference:
+            return torch.from_numpy(reference["ddpmpp_vp/probe"])[None].to(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tolerance", "bpd", "z", "nats"), [(1e-3, 2e-2, 0.15, 10.0), (1e-5, 2e-3, 0.03, 1.5)]
+)
+def test_numbers_of_the_original_implementation(tolerance: float, bpd: float, z: float, nats: float) -> None:
+    """Its network, data and probe, by its solver. The tolerances are those of FIXTURES.md: the reference itself
+    moves by 3e-4 bits/dim with the number of threads."""
+    folder = shared_path("fixtures", "score_sde", "ddpmpp_vp")
+    model = sd.load_pretrained(folder / "checkpoint.pth")
+    with np.load(shared_path("fixtures", "score_sde", "likelihood.npz")) as arrays:
+        prefix = f"ddpmpp_vp/tol={tolerance}/"
+        reference = {k.removeprefix(prefix): arrays[k] for k in arrays.files if k.startswith(prefix)}
+        x = torch.from_numpy(arrays["ddpmpp_vp/data"])
+    divergence = Probe()
+    dims = x[0].numel()
+    theirs = sd.log_likelihood(
+        model.sde, model, x, divergence=divergence, solver=sd.ScipyRK45(tolerance, tolerance)
+    )
+    assert_close(sd.bits_per_dim(theirs.log_prob, dims).numpy(), reference["bpd"], rtol=0, atol=bpd)
+    assert_close(theirs.latent.numpy(), reference["z"], rtol=0, atol=z)
+    prior = model.sde.prior_log_prob(theirs.latent)
+    assert_close(prior.numpy(), reference["prior_logp"], rtol=0, atol=nats)
+    assert_close((theirs.log_prob - prior).double().numpy(), reference["delta_logp"], rtol=0, atol=nats)
+    assert theirs.nfe == pytest.approx(int(reference["nfe"]), rel=0.1)
 
 
 # Bits per dimension ------------------------------------------------------------------------------------
