@@ -63,6 +63,8 @@ from sde_diffusion.predictors import (
     LearnedVariance,
     Predictor,
     ReverseDiffusion,
+    SASolver,
+    SDEDPMSolverPP,
     UniPC,
 )
 from sde_diffusion.quantized import QuantizedScoreModel

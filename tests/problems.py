@@ -32,6 +32,8 @@ PREDICTORS: dict[str, sd.Predictor] = {
     "ddim": sd.DDIM(),
     "ddim-half": sd.DDIM(eta=0.5),
     "ddim-eta-1": sd.DDIM(eta=1.0),
+    "sde-dpm-solver++": sd.SDEDPMSolverPP(),
+    "sa-solver": sd.SASolver(),
 }
 
 CORRECTORS: dict[str, tuple[sd.Corrector, ...]] = {

@@ -12,4 +12,5 @@ from sde_diffusion.predictors.one_step import (
 )
 from sde_diffusion.predictors.protocol import Predictor, StartsRuns, is_stochastic, start_run
 from sde_diffusion.predictors.runge_kutta import RK4, EDMHeun
+from sde_diffusion.predictors.stochastic import SASolver, SDEDPMSolverPP
 from sde_diffusion.predictors.unipc import UniPC

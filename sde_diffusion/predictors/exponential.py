@@ -66,16 +66,17 @@ class Form:
         output: ``level -> (on_state, on_score)``, of the quantity in the integral.
         keep: ``(start, end) -> `` the factor on the state.
         whole: ``(start, end) -> `` the factor on a constant; finite where ``sigma`` of the end is 0.
-        density: ``(lambda, end) -> `` the weight of the integral over lambda.
+        density: ``(lambda, start, end) -> `` the weight of the integral over lambda.
     """
 
     output: Callable[[Level], tuple[Tensor, Tensor]]
     keep: Callable[[Level, Level], Tensor]
     whole: Callable[[Level, Level], Tensor]
-    density: Callable[[Tensor, Level], Tensor]
+    density: Callable[[Tensor, Level, Level], Tensor]
 
 
-def _per_step(values: Tensor) -> Tensor:
+def per_step(values: Tensor) -> Tensor:
+    """A value for each step, (..), beside the points of its integral: (.., 1)."""
     return values.unsqueeze(-1)
 
 
@@ -83,7 +84,7 @@ NOISE = Form(
     output=lambda level: (torch.zeros_like(level.sigma), -level.sigma),
     keep=lambda start, end: end.alpha / start.alpha,
     whole=lambda start, end: end.alpha * (end.rho - start.rho),
-    density=lambda lam, end: -_per_step(end.alpha) * torch.exp(-lam),
+    density=lambda lam, start, end: -per_step(end.alpha) * torch.exp(-lam),
 )
 """The integral of the expected noise."""
 
@@ -91,7 +92,7 @@ DATA = Form(
     output=lambda level: (1 / level.alpha, level.sigma.square() / level.alpha),
     keep=lambda start, end: end.sigma / start.sigma,
     whole=lambda start, end: -end.alpha * torch.expm1(start.lam - end.lam),
-    density=lambda lam, end: _per_step(end.alpha) * torch.exp(lam - _per_step(end.lam)),
+    density=lambda lam, start, end: per_step(end.alpha) * torch.exp(lam - per_step(end.lam)),
 )
 """The integral of the expected data."""
 
@@ -110,8 +111,8 @@ def integrate(form: Form, integrand: Variable, start: Level, end: Level) -> Tens
     """
     points, weights = _POINTS.to(start.lam.device), _WEIGHTS.to(start.lam.device)
     half = 0.5 * (end.lam - start.lam)
-    lam = _per_step(0.5 * (start.lam + end.lam)) + _per_step(half) * points
-    return (form.density(lam, end) * integrand(lam) * weights).sum(-1) * half
+    lam = per_step(0.5 * (start.lam + end.lam)) + per_step(half) * points
+    return (form.density(lam, start, end) * integrand(lam) * weights).sum(-1) * half
 
 
 def polynomial_weights(
@@ -134,7 +135,7 @@ def polynomial_weights(
 
     def basis(lam: Tensor) -> Tensor:
         v = lam if variable is None else variable(lam)
-        places = [_per_step(n if variable is None else variable(n)) for n in nodes]
+        places = [per_step(n if variable is None else variable(n)) for n in nodes]
         rows = []
         for j, here in enumerate(places):
             factors = [(v - other) / (here - other) for k, other in enumerate(places) if k != j]
