@@ -104,7 +104,10 @@ def test_new_networks_compute_zero_and_give_the_last_layer_a_gradient() -> None:
 
 def test_attention_lets_distant_pixels_meet_and_levels_count_from_either_end() -> None:
     def reach(**options: Any) -> float:
-        net = small_unet(1, channel_multipliers=(1,), middle_attention=False, **options).eval()
+        net = small_unet(
+            1, channel_multipliers=(1,), middle_attention=False, time_injection="shift", **options
+        )
+        net.eval()
         for module in net.modules():  # group statistics reach everywhere too: take them out of the question
             if isinstance(module, nn.GroupNorm):
                 module.forward = lambda x: x  # type: ignore[method-assign]

@@ -28,6 +28,7 @@ from sde_diffusion.networks.blocks import (
     dropout,
     group_count,
     in_rows,
+    modulated_norm,
     pointwise,
     repeat_and_convolve,
 )
@@ -244,6 +245,28 @@ def test_attention_with_channels_first_leaves_other_derivatives_to_the_formula()
     single = qkv.float()
     tokens = attend_tokens(single.transpose(1, 2), 2, True).transpose(1, 2)
     torch.testing.assert_close(attend_channels(single, 2, True), tokens)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-7)])
+def test_modulated_norm_is_the_plain_one_with_its_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    norm = randomised(torch.nn.GroupNorm(4, 12, eps=1e-3))
+    x, weights = torch.randn(2, 5, 12, 4, 6, dtype=dtype).unbind(0)
+    scale, shift = torch.randn(2, 5, 12, dtype=dtype).unbind(0)
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, scale, shift)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
+    parameters = [norm.weight, norm.bias]
+    got = modulated_norm(norm, *leaves)
+    assert got.dtype == dtype and got.shape == x.shape
+    found = got, *torch.autograd.grad((got * weights).sum(), [*leaves, *parameters])
+    plain = norm.double()
+    truth = torch.addcmul(exact[2][:, :, None, None], plain(exact[0]), 1 + exact[1][:, :, None, None])
+    truths = truth, *torch.autograd.grad((truth * weights).sum(), [*exact, plain.weight, plain.bias])
+    for a, b in zip(found, truths, strict=True):
+        assert float((a - b).detach().norm()) < tolerance * float(b.detach().norm())
+    last = modulated_norm(
+        plain, x.double().to(memory_format=torch.channels_last), scale.double(), shift.double()
+    )
+    torch.testing.assert_close(last, truth)
 
 
 def test_pointwise_is_the_convolution() -> None:

@@ -97,16 +97,35 @@ class ResBlock(nn.Module):
             h, x = self.conv1(self.resampler(h)), self.resampler(x)
         else:
             h = self.conv1(h)
-        modulation = modulation.to(h.dtype)[:, :, None, None]
         if self.scale_shift:
-            scale, shift = modulation.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = modulated_norm(self.norm2, h, *modulation.chunk(2, dim=1))
         else:
-            h = self.norm2(h + modulation)
+            h = self.norm2(h + expand_channels(modulation, h))
         h = self.conv2(dropout(F.silu(h), self.dropout, self.training))
         skip = self.skip
         kept = pointwise(x, skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else x
         return _residual(kept, h, self.out_scale)
+
+
+def expand_channels(features: Tensor, x: Tensor) -> Tensor:
+    """features (B, C) in the dtype of the images x, (B, C, 1, 1)."""
+    return features.to(x.dtype)[:, :, None, None]
+
+
+def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``norm(x) * (1 + scale) + shift`` for x (B, C, H, W), scale and shift (B, C).
+
+    On CPUs by one kernel: a batch of B images is one image of B C channels in B times as many groups, whose
+    affine map is then one per image: ``w (1 + scale)`` and ``b (1 + scale) + shift``.
+    """
+    plain = x.device.type != "cpu" or torch.compiler.is_compiling()
+    if plain or not x.is_contiguous() or not len(x):
+        return torch.addcmul(expand_channels(shift, x), norm(x), 1 + expand_channels(scale, x))
+    scale = 1 + scale.to(norm.weight.dtype)
+    weight = (norm.weight * scale).flatten()
+    bias = torch.addcmul(shift.to(norm.weight.dtype), norm.bias, scale).flatten()
+    images = x.reshape(1, -1, *x.shape[2:])
+    return F.group_norm(images, len(x) * norm.num_groups, weight, bias, norm.eps).view(x.shape)
 
 
 class SelfAttention(nn.Module):
@@ -356,15 +375,20 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """Dropout (Srivastava et al. 2014), on CPUs with random bits of its own making, at a third of the time.
 
     torch draws a number per element there; here one of 64 bits makes four decisions, each to one part in
-    65,536.
+    32,768. In bfloat16 the factor 1 / (1 - probability) itself is put together from bits.
     """
     if not training or probability == 0.0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
-    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = bits.view(torch.int16)[: x.numel()] >= round(probability * 2**16) - 2**15
-    return x * kept.view(x.shape).to(x.dtype).mul_(1 / (1 - probability))
+    bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    dropped = round(probability * 2**15) - 2**14  # of the numbers -2^14 to 2^14 - 1, those below this
+    bits = bits[: x.numel()].__irshift__(1)
+    if x.dtype != torch.bfloat16:
+        return x * (bits >= dropped).view(x.shape).to(x.dtype).mul_(1 / (1 - probability))
+    factor = int(torch.tensor(1 / (1 - probability), dtype=x.dtype).view(torch.int16))
+    kept = torch.rsub(bits, dropped - 1).__irshift__(15)  # the sign: all bits set, or none
+    return x * kept.__iand__(factor).view(x.dtype).view(x.shape)
 
 
 def checkpointed(enabled: bool, block: nn.Module, *inputs: Tensor) -> Tensor:
