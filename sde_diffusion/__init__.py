@@ -49,6 +49,7 @@ from sde_diffusion.ode import (
     probability_flow,
 )
 from sde_diffusion.ode_sampling import encode, sample_ode
+from sde_diffusion.optimal_times import OptimalTimes, optimal_times
 from sde_diffusion.parametrization import DATA, NOISE, SCORE, Parametrization, V, edm
 from sde_diffusion.predictors import (
     DDIM,
@@ -72,6 +73,7 @@ from sde_diffusion.sampling import SampleOutput, sample
 from sde_diffusion.scipy_ode import ScipyRK45
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import EDM, SDE, VE, VP, CosineVP, SubVP, VariancePreserving
+from sde_diffusion.thresholding import Thresholded
 from sde_diffusion.times import (
     explicit_times,
     karras_times,
@@ -79,6 +81,7 @@ from sde_diffusion.times import (
     quadratic_times,
     uniform_times,
 )
+from sde_diffusion.transfer import transfer
 
 if TYPE_CHECKING:
     from sde_diffusion.runs import Run as _Run
