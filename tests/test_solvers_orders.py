@@ -222,7 +222,7 @@ def test_fixed_steps_in_time_have_their_order(process: str, method: str, order: 
     for n in sizes:
         grid = torch.linspace(t0, t1, n + 1, dtype=torch.float64)
         solver = sd.Heun(grid) if method == "Heun" else sd.TorchDiffEq(method, step_size=abs(t1 - t0) / n)
-        # Not the Gaussian: on EDM its paths are ``sqrt(t^2 + v)``, for which the midpoint rule happens to be of order 3.
+        # Not the Gaussian: its paths on EDM are ``sqrt(t^2 + v)``, on which the midpoint rule has order 3.
         errors.append(error(sd.FlowSolver(solver), process, "2-D mixture", grid[[0, -1]]))
     assert slope(sizes, errors) == pytest.approx(order, abs=0.15), errors
 
