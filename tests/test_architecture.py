@@ -53,7 +53,16 @@ CHAINS = (
         "guidance",
         *EDGE,
     ),
-    ("errors tensors", FORWARD, "ode", "scipy_ode", "divergence coordinates", "likelihood", "bound", *EDGE),
+    (
+        "errors tensors",
+        FORWARD,
+        "ode",
+        "scipy_ode",
+        "divergence coordinates",
+        "likelihood dequantization ends",
+        "bound",
+        *EDGE,
+    ),
     (
         "errors tensors",
         "arrays devices",
@@ -88,6 +97,8 @@ ANY_SCORE += (
     "scipy_ode",
     "divergence",
     "coordinates",
+    "dequantization",
+    "ends",
     "likelihood",
     "bound",
 )
