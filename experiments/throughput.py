@@ -18,14 +18,15 @@ Sections:
 Auto precision is the default of training; sampling has it with ``sampling.precision=auto`` and is in float32
 by default, for which the inference of the rows in float32 stands.
 
-The sides take turns, one step each, after warm-up; times are medians. A training step is forward, backward,
-optimizer and moving average of the weights. Peak memory is that of a process of its own per side. Results go
-to ``experiments/results/throughput_<machine>.md`` and ``.json``.
+The sides take turns, one step each, after warm-up; times are medians, ± the distance of their quartiles.
+A training step is forward, backward, optimizer and moving average of the weights. Peak memory is that of a
+process of its own per side. Results go to ``experiments/results/throughput_<machine>.md`` and ``.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import resource
@@ -55,6 +56,7 @@ from sde_diffusion.ema import EMA
 from sde_diffusion.networks.ncsnpp import NCSNpp
 from sde_diffusion.networks.unet2d import UNet2D
 from sde_diffusion.presets import preset
+from sde_diffusion.score import frozen_weights_in
 from sde_diffusion.tensors import expand
 from sde_diffusion.training import Trainer
 from sde_diffusion.training_settings import TrainingSettings
@@ -115,7 +117,6 @@ def ours(
     precise = dtype == torch.float32
     if graphs:
         net.compile(mode="reduce-overhead")
-        ema.module.compile(mode="reduce-overhead")
 
     def autocast() -> Any:
         return nullcontext() if precise else torch.autocast(device.type, dtype=dtype)
@@ -128,9 +129,16 @@ def ours(
         optimizer.step()
         ema.update_parameters(net)
 
-    def infer() -> Any:
+    # As a sampler does: the weights are cast before the first of its many evaluations.
+    averaged = copy.deepcopy(ema.module)
+    sampling = frozen_weights_in(averaged, dtype)
+    sampling.__enter__()
+    if graphs:
+        averaged.compile(mode="reduce-overhead")
+
+    def infer(_: Any = sampling) -> Any:
         with torch.no_grad(), autocast():
-            return ema.module(x, t)
+            return averaged(x, t)
 
     return Side(name, batch, train, infer)
 
@@ -202,6 +210,7 @@ class Bench:
         self.repeats, self.warmup = repeats, warmup
         self.now = time.process_time if clock == "cpu" else time.perf_counter
         self.results: dict[str, Any] = {}
+        self.spreads: list[float] = []
         self.lines: list[str] = []
 
     def say(self, *lines: str) -> None:
@@ -221,7 +230,7 @@ class Bench:
         return self.now() - start
 
     def alternate(self, steps: list[Callable[[], Any]]) -> list[float]:
-        """Median seconds of each, taken in turns."""
+        """Median seconds of each, taken in turns; ``spreads`` then has the quartiles' distance over it."""
         for step in steps:
             for _ in range(self.warmup):
                 step()
@@ -229,18 +238,25 @@ class Bench:
         for _ in range(self.repeats):
             for taken, step in zip(times, steps, strict=True):
                 taken.append(self.seconds(step))
-        return [statistics.median(taken) for taken in times]
+        medians = [statistics.median(taken) for taken in times]
+        self.spreads = []
+        for taken, middle in zip(times, medians, strict=True):
+            low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else (middle,) * 3
+            self.spreads.append((high - low) / middle)
+        return medians
 
     def compare(self, title: str, sides: list[Side], memory: dict[str, float]) -> dict[str, dict[str, float]]:
         """A table of the sides: the first is what the others are compared with."""
-        train = self.alternate([side.train for side in sides])
-        infer = self.alternate([side.infer for side in sides])
+        train, spread = self.alternate([side.train for side in sides]), self.spreads
+        infer, infer_spread = self.alternate([side.infer for side in sides]), self.spreads
         rows: dict[str, dict[str, float]] = {}
         self.say("", f"## {title}", "")
         self.say("| | training, images/s | ratio | inference, images/s | ratio | peak memory, MiB |")
         self.say("|---|---|---|---|---|---|")
-        for side, t, i in zip(sides, train, infer, strict=True):
+        for side, t, i, dt, di in zip(sides, train, infer, spread, infer_spread, strict=True):
             row = {
+                "train_spread": dt,
+                "infer_spread": di,
                 "train_images_per_second": side.batch / t,
                 "train_ratio": train[0] / t * side.batch / sides[0].batch,
                 "infer_images_per_second": side.batch / i,
@@ -249,8 +265,9 @@ class Bench:
             }
             rows[side.name] = row
             self.say(
-                f"| {side.name} | {row['train_images_per_second']:.1f} | {row['train_ratio']:.2f} | "
-                f"{row['infer_images_per_second']:.1f} | {row['infer_ratio']:.2f} | {row['peak_mib']:.0f} |"
+                f"| {side.name} | {row['train_images_per_second']:.1f} ± {100 * dt:.0f}% | "
+                f"{row['train_ratio']:.2f} | {row['infer_images_per_second']:.1f} ± {100 * di:.0f}% | "
+                f"{row['infer_ratio']:.2f} | {row['peak_mib']:.0f} |"
             )
         self.results[title] = rows
         return rows

@@ -62,6 +62,29 @@ UNSCALED = InputScaling("unscaled", lambda alpha, sigma, d: torch.ones_like(alph
 """1: the state as it is (Song et al. 2021, for VE)."""
 
 
+@contextmanager
+def frozen_weights_in(net: nn.Module, precision: torch.dtype) -> Iterator[None]:
+    """For a while the weights of ``net`` are those that autocast would cast them to at every call.
+
+    Those of linear layers and convolutions in float32 that need no gradient; the results are the same.
+    """
+    weights = [
+        module.weight
+        for module in net.modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+        and module.weight.dtype == torch.float32
+        and not module.weight.requires_grad
+    ]
+    before = [weight.data for weight in weights]
+    try:
+        for weight in weights:
+            weight.data = weight.data.to(precision)
+        yield
+    finally:
+        for weight, exact in zip(weights, before, strict=True):
+            weight.data = exact
+
+
 class ScoreModel(nn.Module):
     """``score(x, t) = -eps(x, t) / sigma(t)`` from a network that predicts ``F = a x_0 + b eps``.
 
@@ -108,11 +131,13 @@ class ScoreModel(nn.Module):
 
     @contextmanager
     def computing_in(self, precision: torch.dtype) -> Iterator[None]:
-        """For a while the network computes in ``precision``: float32, or a lower one by autocast."""
+        """For a while the network computes in ``precision``: float32, or a lower one by autocast, with frozen
+        weights cast once."""
         before = self.autocast
         self.autocast = None if precision == torch.float32 else precision
         try:
-            yield
+            with frozen_weights_in(self.net, precision):
+                yield
         finally:
             self.autocast = before
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import sde_diffusion as sd
 from problems import SDES, gaussian_2d, mixture_2d, times64
+from sde_diffusion.networks import UNet
 from sde_diffusion.parametrization import RAW_SCORE
 from sde_diffusion.score import LOG_NOISE, TIME, UNSCALED, conditioning
 
@@ -202,3 +203,29 @@ def test_a_score_model_samples_like_its_score() -> None:
     ours = sd.sample(sde, model, (6, 2), **arguments).x
     exact = sd.sample(sde, mixture.score(sde), (6, 2), **arguments).x
     assert_close(ours, exact, rtol=1e-3, atol=1e-3)
+
+
+def test_frozen_weights_are_cast_once_with_the_same_results_and_come_back() -> None:
+    torch.manual_seed(0)
+    net = UNet(1, channels=8, channel_multipliers=(1, 2), dropout=0.1).eval()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = sd.ScoreModel(net, sd.VP()).requires_grad_(False)
+    x, t = torch.randn(4, 1, 16, 16), torch.tensor(0.3)
+    before = {name: (value.data_ptr(), value.clone()) for name, value in model.state_dict().items()}
+    exact = model(x, t)
+    model.autocast = torch.bfloat16
+    expected = model(x, t)
+    model.autocast = None
+    assert not torch.equal(expected, exact)
+    with model.computing_in(torch.bfloat16):
+        assert net.stem.weight.dtype == torch.bfloat16
+        assert torch.equal(model(x, t), expected)
+    with pytest.raises(RuntimeError, match="inside"), model.computing_in(torch.bfloat16):
+        raise RuntimeError("inside")
+    assert torch.equal(model(x, t), exact) and model.autocast is None
+    for name, value in model.state_dict().items():
+        assert value.data_ptr() == before[name][0] and torch.equal(value, before[name][1])
+    model.requires_grad_(True)
+    with model.computing_in(torch.bfloat16):
+        assert net.stem.weight.dtype == torch.float32
