@@ -45,6 +45,17 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
     return [c0, c1, c2, c3]
 
 
+def _box_muller(words: Sequence[Tensor]) -> list[Tensor]:
+    """Four normals from four words of 32 random bits."""
+    w0, w1, w2, w3 = (w.double() for w in words)
+    out = []
+    for radius_bits, angle_bits in ((w0, w1), (w2, w3)):
+        radius = (-2 * ((radius_bits + 1) / 2**32).log()).sqrt()
+        angle = angle_bits * (2 * math.pi / 2**32)
+        out += [radius * angle.cos(), radius * angle.sin()]
+    return out
+
+
 class SampleNoise:
     """A stream of draws of shape (B, *shape), one row per sample, where row ``i`` depends on ``(seed,
     indices[i])`` only.
@@ -96,13 +107,7 @@ class SampleNoise:
 
     def normal(self) -> Tensor:
         """The next draw from ``N(0, I)``."""
-        w0, w1, w2, w3 = (w.double() for w in self._bits())
-        out = []
-        for radius_bits, angle_bits in ((w0, w1), (w2, w3)):
-            radius = (-2 * ((radius_bits + 1) / 2**32).log()).sqrt()
-            angle = angle_bits * (2 * math.pi / 2**32)
-            out += [radius * angle.cos(), radius * angle.sin()]
-        return self._shaped(out)
+        return self._shaped(_box_muller(self._bits()))
 
     def uniform(self) -> Tensor:
         """The next draw from the uniform distribution on [0, 1), always below 1 in the stream's type."""
@@ -116,3 +121,41 @@ class SampleNoise:
         return self._shaped([2 * (w & 1) - 1 for w in self._bits()])
 
     __call__ = normal
+
+
+_CHILD = (0x3C6EF372, 0xA54FF53A)
+"""A key that no seed below 2^32 has."""
+
+
+class ChildNoise:
+    """Normal draws that follow from one given draw, for a step that needs a number of them not known before.
+
+    Row ``i`` of draw ``k`` is a function of ``k`` and of row ``i`` of the given draw, so it belongs to the sample as
+    that does. What a sample draws here moves nothing in the stream that the given draw comes from.
+
+    Args:
+        parent: a normal draw, (B, *D): of it, up to 4 elements of each row, in single precision, are the seed.
+    """
+
+    def __init__(self, parent: Tensor) -> None:
+        self._like = parent
+        flat = parent.flatten(1)
+        # Adding 0 turns -0 into 0: equal numbers have equal bits.
+        bits = (flat[:, :4].float() + 0.0).contiguous().view(torch.int32).long() & _MASK
+        columns = [bits[:, min(i, bits.shape[1] - 1)] for i in range(4)]
+        self.words = torch.stack(philox(columns, _CHILD), 1)
+        """128 bits for each sample, as (B, 4) words of 32."""
+        self._size = flat.shape[1]
+        self._block = torch.arange((self._size + 3) // 4, device=parent.device)
+
+    def normal(self, draws: Tensor) -> Tensor:
+        """Draw number ``draws``, (B,) integers, of each sample: like the given draw."""
+        shape = (len(draws), len(self._block))
+        counter = (
+            self._block.expand(shape),
+            draws[:, None].expand(shape),
+            self.words[:, :1].expand(shape),
+            self.words[:, 1:2].expand(shape),
+        )
+        values = torch.stack(_box_muller(philox(counter, _CHILD)), dim=-1)
+        return values.flatten(1)[:, : self._size].reshape(self._like.shape).to(self._like.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import sde_diffusion as sd
-from sde_diffusion.noise import DEQUANTIZATION, DIVERGENCE, SAMPLING, philox
+from sde_diffusion.noise import DEQUANTIZATION, DIVERGENCE, SAMPLING, ChildNoise, philox
 
 N = 100_000
 
@@ -168,3 +168,19 @@ def test_the_numbers_are_the_same_on_a_gpu() -> None:
     assert torch.equal(gpu.rademacher().cpu(), cpu.rademacher())
     assert torch.equal(gpu.uniform().cpu(), cpu.uniform())
     assert_close(gpu.normal().cpu(), cpu.normal(), rtol=1e-12, atol=1e-12)
+
+
+def test_child_noise_belongs_to_the_sample_and_is_normal() -> None:
+    parent = sd.SampleNoise(3, range(4000), (3,), dtype=torch.float64).normal()
+    first, second = (ChildNoise(parent).normal(torch.full((4000,), k)) for k in (0, 1))
+    for z in (first, second):
+        assert z.shape == parent.shape and z.dtype == parent.dtype
+        standard_error = 4000**-0.5
+        assert float(z.mean(0).abs().max()) < 4 * standard_error
+        assert float((z.T.cov() - torch.eye(3)).abs().max()) < 4 * 2**0.5 * standard_error
+    # Nothing in common with its parent, its sibling and its neighbours.
+    for other in (parent, second, first.roll(1, 0), first.roll(1, 1)):
+        assert float((first * other).mean(0).abs().max()) < 4 * standard_error
+    # Alone, in another type, and with its own number of draws, it is the same.
+    alone = ChildNoise(parent[7:9].float()).normal(torch.tensor([1, 0]))
+    torch.testing.assert_close(alone, torch.stack([second[7], first[8]]).float())

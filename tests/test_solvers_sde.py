@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from torch.testing import assert_close
 import sde_diffusion as sd
 from problems import (
     SDES,
+    CallCounter,
+    assert_moments,
     gaussian_2d,
     marginal_moments,
     mixture_2d,
@@ -23,6 +26,7 @@ from problems import (
     slope,
     times64,
 )
+from sde_diffusion.noise import ChildNoise
 
 CLOSE_SDES = {name: SDES[name] for name in ("vp", "subvp")}
 
@@ -304,3 +308,176 @@ def test_wrong_settings_of_the_exponential_solvers_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             build()
+
+
+# The adaptive solver -------------------------------------------------------------------------------------
+
+
+def test_an_adaptive_step_is_its_formula() -> None:
+    """One step, of the length of the grid's, where the tolerance is loose."""
+    sde, score = sd.VP(), mixture_2d().score(sd.VP())
+    x, noise = torch.randn(2, 5, 2, dtype=torch.float64)
+    t, s = times64(0.5, 0.49)
+    z, h = ChildNoise(noise).normal(torch.zeros(5, dtype=torch.int64)), t - s
+    first = sd.EulerMaruyama().step(sde, score, x, t, s, z)
+    f, g2 = sde.f_and_g2(s)
+    second = 0.5 * (first + x - h * (f * first - g2 * score(first, s)) + (g2 * h).sqrt() * z)
+    counted = CallCounter(score)
+    ours = sd.AdaptiveSDE(atol=10.0).step(sde, counted, x, t, s, noise)
+    assert_close(ours, second, rtol=1e-12, atol=1e-12)
+    assert counted.calls == 2
+    # The error that decides, of each sample: with tolerances just above and below the largest, one step or more.
+    ratio = float(((first - second).square().mean(1).sqrt()).max())
+    for factor, calls in ((1.001, [2]), (0.999, range(4, 100))):
+        counted = CallCounter(score)
+        sd.AdaptiveSDE(rtol=0.0, atol=factor * ratio).step(sde, counted, x, t, s, noise)
+        assert counted.calls in calls
+
+
+@pytest.mark.parametrize("inner", [(), (0.6, 0.2)], ids=["one interval", "three"])
+@pytest.mark.parametrize("correctors", [(), (sd.Langevin(),)], ids=["alone", "langevin"])
+def test_an_adaptive_sample_does_not_depend_on_its_batch(inner: tuple, correctors: tuple) -> None:
+    sde, options = sd.VP(), {"times": times64(1.0, *inner, 0.01), "predictor": sd.AdaptiveSDE(rtol=0.05)}
+    options |= {"correctors": correctors, "dtype": torch.float64, "seed": 4}
+    score = mixture_2d().score(sde)
+    whole = sd.sample(sde, score, (6, 2), **options)
+    part = sd.sample(sde, score, (2, 2), first_index=3, **options)
+    assert_close(part.x, whole.x[3:5], rtol=1e-9, atol=1e-9)
+    assert part.nfe <= whole.nfe  # but the slowest sample of the batch needs more
+    assert (whole.nfe - 1 - len(correctors) * (len(inner) + 1)) % 2 == 0
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "cosine"])
+def test_adaptive_samples_have_the_moments_of_the_mixture(name: str) -> None:
+    sde = SDES[name]
+    out = sd.sample(
+        sde,
+        mixture_2d().score(sde),
+        (400, 2),
+        predictor=sd.AdaptiveSDE(rtol=0.02, atol=0.02),
+        times=times64(sde.t_max, 1e-3),
+        dtype=torch.float64,
+    )
+    assert_moments(out.x, mixture_2d(), 4)
+
+
+def test_a_tighter_tolerance_brings_the_adaptive_solver_nearer_and_costs_more() -> None:
+    """Also after many rejections: noise drawn anew for each of them would make the covariance 0.18 too small."""
+    sde, data = sd.VP(), gaussian_2d()
+    costs, errors = [], []
+    for tolerance in (0.3, 0.003):
+        out = sd.sample(
+            sde,
+            data.score(sde),
+            (1000, 2),
+            predictor=sd.AdaptiveSDE(rtol=tolerance, atol=tolerance),
+            times=times64(1.0, 1e-3),
+            dtype=torch.float64,
+        )
+        costs.append(out.nfe)
+        errors.append(float((out.x.T.cov() - data.covariance).abs().max()))
+    assert costs[1] > 3 * costs[0]
+    assert errors[1] < 4 * 0.5 * (2 / 1000) ** 0.5
+
+
+def test_the_adaptive_solver_gives_up_with_the_names_of_the_samples() -> None:
+    score = mixture_2d().score(sd.VP())
+    with pytest.raises(
+        sd.SolverError, match=r"samples \[0, 1, 2\] did not reach t = 0.01 within 10 evaluations"
+    ):
+        sd.sample(
+            sd.VP(),
+            score,
+            (3, 2),
+            predictor=sd.AdaptiveSDE(max_evaluations=10),
+            times=times64(1.0, 0.01),
+        )
+    with pytest.raises(ValueError, match="needs noise at the end of a step"):
+        sd.sample(sd.VP(), score, (3, 2), predictor=sd.AdaptiveSDE(), times=times64(1.0, 0.0))
+    for options, message in (
+        ({"rtol": 1.5}, "rtol=1.5"),
+        ({"atol": 0.0}, "atol=0.0"),
+        ({"h_init": 0.0}, r"h_init must lie in \(0, 1\], got 0.0"),
+        ({"safety": 1.0}, "safety must lie between 0 and 1, got 1.0"),
+        ({"exponent": 0.2}, r"the exponent must lie in \[0.5, 1\], got 0.2"),
+        ({"max_evaluations": 1}, "max_evaluations must be at least 2, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sd.AdaptiveSDE(**options)
+
+
+# Restart -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+@pytest.mark.parametrize("solver", [sd.DDIM(), sd.EDMHeun(), sd.DPMSolverPP(2)], ids=repr)
+def test_restart_samples_have_the_moments_of_the_data(sde: sd.SDE, solver: sd.Predictor) -> None:
+    """In closed form: 20 steps of the solver, and two restarts of 4, each with one draw."""
+    times = sd.log_snr_times(sde, 20, 1e-2)
+    restart = sd.Restart(solver, (sd.RestartInterval(0.3, 1.5, iterations=2, steps=8),))
+    error = moment_error(restart, sde, times, draws=len(times) - 1 + 2)
+    assert error < (0.2 if isinstance(solver, sd.DDIM) else 0.02)
+
+
+def test_a_restart_is_the_forward_kernel_and_the_solver_again() -> None:
+    sde, score = sd.VP(), mixture_2d().score(sd.VP())
+    times = sd.uniform_times(sde, 8, 0.02)
+    rho = sde.sigma(times) / sde.alpha(times)
+    low, high = times[6], sde.time_of_log_snr(times64(-2 * math.log(2.0)))[0]
+    restart = sd.Restart(sd.DDIM(), (sd.RestartInterval(float(rho[6]) * 1.05, 2.0, iterations=2, steps=1),))
+    draws = torch.randn(10, 5, 2, dtype=torch.float64)
+    start = torch.randn(5, 2, dtype=torch.float64)
+    ours = sd.sample(
+        sde,
+        score,
+        (5, 2),
+        predictor=restart,
+        times=times,
+        x_init=start,
+        noise=queue_noise(draws),
+        denoise=False,
+        dtype=torch.float64,
+    )
+    x, still = start, torch.zeros_like(start)
+    for i, (t, s) in enumerate(pairwise(times)):
+        x = sd.DDIM().step(sde, score, x, t, s, still)
+        if i == 5:  # the draws 0 to 5 are those of the steps before
+            for z in draws[6:8]:
+                ratio, var = sde.transition(low, high)
+                x = sd.DDIM().step(sde, score, ratio * x + var.sqrt() * z, high, low, still)
+    assert_close(ours.x, x, rtol=1e-9, atol=1e-9)
+    assert ours.nfe == 8 + 2
+
+
+def test_restarts_contract_the_errors_made_before() -> None:
+    """Few steps of DDIM end far off; what the restarts add forgets it: the point of the method."""
+    sde = sd.VP()
+    times = sd.log_snr_times(sde, 12, 1e-2)
+    plain = moment_error(sd.DDIM(), sde, times)
+    many = sd.RestartInterval(0.05, 3.0, iterations=6, steps=20)
+    assert moment_error(sd.Restart(sd.DDIM(), (many,)), sde, times, draws=12 + 6) < 0.6 * plain
+
+
+def test_restarts_that_make_no_sense_are_refused() -> None:
+    for build, message in (
+        (lambda: sd.RestartInterval(0.3, 0.1), "a restart needs 0 < low < high, got 0.3 and 0.1"),
+        (lambda: sd.RestartInterval(0.1, 0.3, iterations=0), "iterations of a restart must be an integer"),
+        (lambda: sd.RestartInterval(0.1, 0.3, steps=1.5), "steps of a restart must be an integer"),
+        (lambda: sd.Restart(intervals=()), "at least one interval"),
+        (lambda: sd.Restart(sd.EulerMaruyama()), "needs a deterministic solver, and EulerMaruyama"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build()
+    for interval in (
+        sd.RestartInterval(1e-9, 1.0),
+        sd.RestartInterval(0.1, 1e6),
+        sd.RestartInterval(0.3, 0.31),
+    ):
+        with pytest.raises(ValueError, match="a restart from .* does not fit the grid"):
+            sd.sample(
+                sd.VP(),
+                lambda x, t: -x,
+                (1, 1),
+                predictor=sd.Restart(intervals=(interval,)),
+                times=sd.uniform_times(sd.VP(), 2, 0.5),
+            )
