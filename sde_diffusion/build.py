@@ -18,6 +18,7 @@ from sde_diffusion.builders.evaluation import (
 from sde_diffusion.builders.model import LEVELS, NETWORKS, SDES, network, score_model, sde
 from sde_diffusion.builders.sampling import (
     GRIDS,
+    PREDICTORS,
     ODESampler,
     PCSampler,
     correctors,
@@ -35,6 +36,7 @@ __all__ = [
     "GRIDS",
     "LEVELS",
     "NETWORKS",
+    "PREDICTORS",
     "SDES",
     "BoundSettings",
     "DataInfo",

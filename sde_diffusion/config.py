@@ -185,14 +185,31 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "steps": Key(250, "pc: predictor steps"),
         "grid": Key(
             "uniform",
-            "pc and ode by heun: times, uniform, quadratic, log_snr, karras or list (sampling.times)",
+            "pc and ode by heun: times, uniform, quadratic, log_snr, karras, list (sampling.times), or optimal (pc "
+            "without noise: made for the model and predictor before sampling)",
         ),
         "rho": Key(None, "grid karras: exponent; none: 7", float),
         "times": Key(None, "grid list: the times, falling from t_max (1); in place of steps", tuple),
         "t_end": Key(None, "pc and ode by heun: last time; none: sde.t_min", float),
         "predictor": Key(
-            "reverse_diffusion", "pc: reverse_diffusion, euler_maruyama, ancestral, learned_variance or ddim"
+            "reverse_diffusion",
+            "pc: reverse_diffusion, euler_maruyama, ancestral, learned_variance; without noise ddim, edm_heun, rk4, "
+            "dpm_solver++, unipc, deis, ipndm, or flow (sampling.solver between the times)",
         ),
+        "solver_order": Key(None, "dpm_solver++, unipc, deis, ipndm: order; none: the usual one", int),
+        "solver_method": Key(None, "dpm_solver++: multistep (none) or singlestep", str),
+        "variant": Key(None, "unipc: bh2 (none) or bh1", str),
+        "variable": Key(None, "deis: polynomials in log_rho (none), rho or time", str),
+        "lower_order_final": Key(
+            None, "dpm_solver++, unipc, deis: last steps of lower order; none: in runs of few steps", bool
+        ),
+        "stochasticity": Key(
+            None, "euler_maruyama, reverse_diffusion: noise, from 0 (the ODE) over 1 (none) to more", float
+        ),
+        "churn": Key(None, "edm_heun: S_churn; none: 0", float),
+        "s_min": Key(None, "edm_heun: smallest sigma / alpha with churn", float),
+        "s_max": Key(None, "edm_heun: largest sigma / alpha with churn", float),
+        "s_noise": Key(None, "edm_heun: S_noise; none: 1", float),
         "ancestral_variance": Key("small", "ancestral: small or large"),
         "eta": Key(0.0, "ddim: 0 (deterministic) to 1"),
         "corrector": Key("langevin", "pc: langevin, annealed_langevin or none"),
@@ -204,10 +221,20 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             "float32",
             "of the network: float32, bfloat16, or auto: bfloat16 where the device has it, faster and coarser",
         ),
-        "solver": Key("dopri5", "ode: dopri5 (adaptive) or heun (fixed steps)"),
-        "rtol": Key(1e-3, "ode by dopri5: relative tolerance"),
-        "atol": Key(1e-3, "ode by dopri5: absolute tolerance"),
-        "ode_steps": Key(50, "ode by heun: steps"),
+        "solver": Key(
+            "dopri5",
+            "ode: dopri5 (adaptive, each sample by itself), heun (fixed steps), or a method of torchdiffeq: "
+            "torchdiffeq_dopri5, dopri8, bosh3, ...; rk4, midpoint, ...",
+        ),
+        "rtol": Key(1e-3, "adaptive solvers: relative tolerance"),
+        "atol": Key(1e-3, "adaptive solvers: absolute tolerance"),
+        "ode_steps": Key(50, "ode by solvers of fixed step: steps"),
+        "sde": Key(
+            None, "sample along another process: vp, subvp, ve, cosine, ddpm or edm; none: as trained", str
+        ),
+        "threshold": Key("none", "keep the expected data in bounds: none, static or dynamic"),
+        "threshold_bound": Key(1.0, "the bound"),
+        "threshold_quantile": Key(0.995, "dynamic: of the absolute values of a sample"),
     },
     "likelihood": {
         "divergence": Key(

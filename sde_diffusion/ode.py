@@ -245,9 +245,9 @@ class Heun:
         return Solution(x, torch.full((batch,), 2 * (len(times) - 1), device=x.device))
 
 
-_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+TORCHDIFFEQ_ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 # Without explicit_adams, which is unstable there: dx/dt = -x over [0, 1] ends at 0.74 for a step of 0.01.
-_FIXED_STEP = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
+TORCHDIFFEQ_FIXED = ("euler", "midpoint", "heun2", "heun3", "rk4", "implicit_adams")
 
 
 @dataclass(frozen=True)
@@ -276,13 +276,13 @@ class TorchDiffEq:
 
     def __post_init__(self) -> None:
         check_tolerances(self.rtol, self.atol)
-        if self.method not in (*_ADAPTIVE, *_FIXED_STEP):
-            raise unknown_name("method", self.method, (*_ADAPTIVE, *_FIXED_STEP))
-        if self.method in _ADAPTIVE and self.step_size is not None:
+        if self.method not in (*TORCHDIFFEQ_ADAPTIVE, *TORCHDIFFEQ_FIXED):
+            raise unknown_name("method", self.method, (*TORCHDIFFEQ_ADAPTIVE, *TORCHDIFFEQ_FIXED))
+        if self.method in TORCHDIFFEQ_ADAPTIVE and self.step_size is not None:
             raise ValueError(
                 f"{self.method} chooses its own steps and takes no step_size, got {self.step_size!r}"
             )
-        if self.method in _FIXED_STEP and not (self.step_size is not None and self.step_size > 0):
+        if self.method in TORCHDIFFEQ_FIXED and not (self.step_size is not None and self.step_size > 0):
             raise ValueError(f"{self.method} needs a step_size > 0, got {self.step_size!r}")
 
     def solve(self, field: Field, x: Tensor, t0: float, t1: float) -> Solution:

@@ -27,6 +27,8 @@ from sde_diffusion.workdir import Workdir
 
 __all__ = ["LogLikelihoods", "Run", "Samples", "load"]
 
+_CALIBRATION = 32
+"""Samples behind a grid made for the model."""
 _RANGE = (-1.0, 1.0)
 """What samples and densities are in, whatever the range of the model."""
 
@@ -184,6 +186,8 @@ class Run:
         labels = self._sampling_labels(n, y, first_index)
         precision = build.sampling_precision(config, self.device)
         started = time.perf_counter()
+        with self.model.computing_in(precision):
+            sampler = self._calibrated(sampler)
         parts, nfe = [], 0
         for start in range(0, n, size):
             count = min(size, n - start)
@@ -200,6 +204,12 @@ class Run:
             parts.append(rescale(out.x, self.model.data_range, _RANGE))
             nfe = max(nfe, out.nfe)
         return Samples(torch.cat(parts), labels, nfe, time.perf_counter() - started)
+
+    def _calibrated(self, sampler: build.PCSampler | build.ODESampler) -> build.PCSampler | build.ODESampler:
+        """The sampler with the grid made for this model, where it wants one."""
+        labels = self._sampling_labels(_CALIBRATION, None, 0)
+        score = self._conditioned(labels, 0, _CALIBRATION)
+        return sampler.calibrated(self.sde, score, (_CALIBRATION, *self.info.shape), device=self.device)
 
     @property
     def _conditional(self) -> bool:

@@ -347,7 +347,7 @@ def test_labels_reach_the_network():
         (build.sampler, {"sampling__grid": "karras", "sampling__rho": -1.0}, "sampling: rho must be positive"),
         (build.sampler, LIST | {"sampling__t_end": 0.1}, "ends with its last time: leave out t_end=0.1"),
         (build.sampler, LIST | {"sampling__times": (0.1, 1.0)}, "config.sampling: a time grid must fall"),
-        (build.solver, {"sampling__solver": "dopri"}, "sampling.solver 'dopri'; did you mean 'dopri5'?"),
+        (build.solver, {"sampling__solver": "dopri"}, "sampling.solver 'dopri'; did you mean 'dopri[58]'?"),
         (build.solver, {"sampling__rtol": 0.0}, "config.sampling: tolerances"),
         (build.likelihood, {"likelihood__divergence": "exakt"}, "config.likelihood: .*did you mean 'exact'"),
         (build.likelihood, {"likelihood__dequantizations": 0}, "likelihood.dequantizations must be an int"),
