@@ -71,6 +71,7 @@ from sde_diffusion.predictors import (
     ReverseDiffusion,
     SASolver,
     SDEDPMSolverPP,
+    TorchSDE,
     UniPC,
 )
 from sde_diffusion.quantized import QuantizedScoreModel

@@ -9,12 +9,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+import torchsde
 from scipy.integrate import quad
 from torch import Tensor
 from torch.testing import assert_close
 
 import sde_diffusion as sd
 from problems import (
+    CORRECTORS,
     SDES,
     CallCounter,
     assert_moments,
@@ -481,3 +483,138 @@ def test_restarts_that_make_no_sense_are_refused() -> None:
                 predictor=sd.Restart(intervals=(interval,)),
                 times=sd.uniform_times(sd.VP(), 2, 0.5),
             )
+
+
+# torchsde ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["euler", "milstein"])
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_torchsdes_euler_is_euler_and_maruyama(method: str, per_sample: bool) -> None:
+    """On its own Brownian interval, and Milstein's method is the same for noise of this kind."""
+    sde, score = sd.SubVP(), mixture_2d().score(sd.SubVP())
+    x, noise = torch.randn(2, 3, 2, dtype=torch.float64)
+    t, s = times64(0.5, 0.4)
+    words = ChildNoise(noise).words.tolist()
+    seeds = [sum(w << 32 * i for i, w in enumerate(row)) for row in words]
+    sizes = [(seed, (1, 2)) for seed in seeds] if per_sample else [(seeds[0], (3, 2))]
+    z = (
+        torch.cat(
+            [
+                torchsde.BrownianInterval(0.0, float(t - s), size=size, dtype=torch.float64, entropy=seed)(
+                    0.0, float(t - s)
+                )
+                for seed, size in sizes
+            ]
+        )
+        / (t - s).sqrt()
+    )
+    for stochasticity in (1.0, 0.5):
+        ours = sd.TorchSDE(method, stochasticity=stochasticity, per_sample=per_sample).step(
+            sde, score, x, t, s, noise
+        )
+        want = sd.EulerMaruyama(stochasticity).step(sde, score, x, t, s, z)
+        assert_close(ours, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("method", "evaluations"),
+    [("euler", 1), ("milstein", 1), ("srk", 2), ("euler_heun", 1), ("heun", 2), ("midpoint", 2)],
+)
+def test_torchsde_asks_as_often_as_its_method_has_stages(method: str, evaluations: int) -> None:
+    sde, score = sd.VP(), CallCounter(mixture_2d().score(sd.VP()))
+    times = sd.uniform_times(sde, 3, 0.1)
+    predictor = sd.TorchSDE(method, steps=5)
+    out = sd.sample(sde, score, (2, 2), predictor=predictor, times=times, denoise=False)
+    # Once more in each step of the grid for some, whose first state is another tensor than that of the check.
+    assert out.nfe in (15 * evaluations, 15 * evaluations + 3)
+    assert out.x.dtype == torch.float32 and bool(torch.isfinite(out.x).all())
+
+
+@pytest.mark.parametrize("method", ["srk", "heun"])
+def test_a_torchsde_sample_has_its_own_path(method: str) -> None:
+    sde = sd.VP()
+    options = {"times": sd.uniform_times(sde, 4, 0.05), "dtype": torch.float64, "seed": 4}
+    options |= {"predictor": sd.TorchSDE(method, steps=3)}
+    whole = sd.sample(sde, mixture_2d().score(sde), (5, 2), **options).x
+    part = sd.sample(sde, mixture_2d().score(sde), (2, 2), first_index=2, **options).x
+    assert_close(part, whole[2:4], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "srk") for name in ("vp", "subvp", "ve", "cosine")), ("vp", "midpoint")]
+)
+def test_torchsde_samples_have_the_moments_of_the_mixture(name: str, method: str) -> None:
+    sde = SDES[name]
+    out = sd.sample(
+        sde,
+        mixture_2d().score(sde),
+        (500, 2),
+        predictor=sd.TorchSDE(method, per_sample=False),
+        times=sd.quadratic_times(sde, 80, 1e-3),
+        dtype=torch.float64,
+    )
+    assert_moments(out.x, mixture_2d(), 4)
+
+
+def test_adaptive_torchsde_takes_the_steps_that_it_needs() -> None:
+    sde, costs = sd.VP(), []
+    for tolerance in (0.1, 0.01):
+        out = sd.sample(
+            sde,
+            mixture_2d().score(sde),
+            (100, 2),
+            predictor=sd.TorchSDE(
+                "srk", steps=10, adaptive=True, rtol=tolerance, atol=tolerance, per_sample=False
+            ),
+            times=times64(1.0, 0.01),
+            dtype=torch.float64,
+        )
+        costs.append(out.nfe)
+        assert_moments(out.x, mixture_2d(), 4.5)
+    assert costs[1] > costs[0] > 30
+
+
+def test_torchsde_settings_that_make_no_sense_are_refused() -> None:
+    for options, message in (
+        ({"method": "eular"}, "unknown method 'eular'; did you mean 'euler'"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"rtol": 0.0}, "rtol=0.0"),
+        ({"stochasticity": 0.0}, "torchsde needs noise"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sd.TorchSDE(**options)
+    x = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="torchsde needs noise at the end of a step, and there is none at 0"):
+        sd.TorchSDE().step(sd.VP(), lambda x, t: -x, x, *times64(0.5, 0.0), x)
+    with pytest.raises(ValueError, match=r"got times of shape \(2,\) and \(\)"):
+        sd.TorchSDE().step(sd.VP(), lambda x, t: -x, x, times64(0.5, 0.6), times64(0.1)[0], x)
+
+
+# With the correctors -------------------------------------------------------------------------------------
+
+WHOLE_STEP = {
+    "adaptive": sd.AdaptiveSDE(rtol=0.05, atol=0.05),
+    "restart": sd.Restart(sd.EDMHeun(), (sd.RestartInterval(0.3, 1.5, iterations=2),)),
+    "torchsde": sd.TorchSDE("srk", per_sample=False),
+}
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "cosine"])
+@pytest.mark.parametrize("predictor", WHOLE_STEP)
+@pytest.mark.parametrize("corrector", [name for name in CORRECTORS if name != "none"])
+def test_solvers_of_many_evaluations_a_step_go_with_every_corrector(
+    name: str, predictor: str, corrector: str
+) -> None:
+    """What test_sampling does for the predictors of one evaluation a step."""
+    sde = SDES[name]
+    out = sd.sample(
+        sde,
+        mixture_2d().score(sde),
+        (250, 2),
+        predictor=WHOLE_STEP[predictor],
+        correctors=CORRECTORS[corrector],
+        times=sd.log_snr_times(sde, 25, 1e-3),
+        dtype=torch.float64,
+    )
+    assert_moments(out.x, mixture_2d(), 5)

@@ -15,4 +15,5 @@ from sde_diffusion.predictors.protocol import Predictor, StartsRuns, is_stochast
 from sde_diffusion.predictors.restart import Restart, RestartInterval
 from sde_diffusion.predictors.runge_kutta import RK4, EDMHeun
 from sde_diffusion.predictors.stochastic import SASolver, SDEDPMSolverPP
+from sde_diffusion.predictors.torch_sde import TorchSDE
 from sde_diffusion.predictors.unipc import UniPC
