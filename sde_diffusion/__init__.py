@@ -50,7 +50,14 @@ from sde_diffusion.ode import (
     TorchDiffEq,
     probability_flow,
 )
-from sde_diffusion.ode_sampling import encode, sample_ode
+from sde_diffusion.ode_sampling import (
+    decode,
+    encode,
+    interpolate,
+    round_trip_error,
+    sample_ode,
+    slerp,
+)
 from sde_diffusion.optimal_times import OptimalTimes, optimal_times
 from sde_diffusion.parametrization import DATA, NOISE, SCORE, Parametrization, V, edm
 from sde_diffusion.predictors import (
@@ -114,3 +121,25 @@ def load(workdir: str | _Path, **options: _Any) -> _Run:
     from sde_diffusion import runs
 
     return runs.load(workdir, **options)
+
+
+_LAZY = {
+    "MLP": "networks",
+    "Trainer": "training",
+    "TrainingSettings": "training_settings",
+    "UNet": "networks",
+    "load_dataset": "data",
+}
+"""Names of what is imported when it is first asked for, and their modules."""
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

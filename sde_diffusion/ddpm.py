@@ -200,7 +200,8 @@ class DDPM(VariancePreserving):
     def _table(self, device: torch.device) -> Tensor:
         tables: dict[torch.device, Tensor] = self.__dict__["_tables"]
         if device not in tables:
-            tables[device] = tables[torch.device("cpu")].to(device)
+            with torch.inference_mode(False):  # what is kept may be differentiated later
+                tables[device] = tables[torch.device("cpu")].to(device)
         return tables[device]
 
     @in_float64

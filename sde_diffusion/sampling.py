@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from sde_diffusion.correctors import Corrector, Report, start_chain
@@ -70,6 +70,15 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"the state must be float32 or float64, got {dtype}")
 
 
+def device_of(score: Score) -> torch.device:
+    """The device of a score's parameters, where it is a module that has any; otherwise the CPU."""
+    parameters = score.parameters() if isinstance(score, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
+# Without gradients, but not in inference mode: a score may differentiate inside (guidance by a classifier or by a
+# measurement), and what is sampled may be given to a likelihood or a loss, which inference tensors refuse. Who has a
+# plain network can call it within ``torch.inference_mode()``: everything here works there, SDEs' derivatives too.
 @torch.no_grad()
 def sample(
     sde: SDE,
@@ -88,6 +97,7 @@ def sample(
     trajectory: bool = False,
     reports: bool = False,
     progress: bool = False,
+    compile: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> SampleOutput:
@@ -121,8 +131,10 @@ def sample(
         trajectory: whether to keep the state at every time.
         reports: whether the correctors report on every step: its size, acceptance, signal-to-noise ratio.
         progress: whether to show a progress bar.
+        compile: whether to compile the score by ``torch.compile``. What else is in a step are a few sums, whose
+            coefficients change from step to step, and no gain. A compiled module keeps what was compiled.
         dtype: of the state; float32 or float64.
-        device: of the state.
+        device: of the state; default that of the score's parameters if it is a module, otherwise the CPU.
 
     Returns:
         The samples and the number of score evaluations per sample.
@@ -134,6 +146,7 @@ def sample(
     if order not in ORDERS:
         raise unknown_name("order", order, ORDERS)
     check_dtype(dtype)
+    device = device_of(score) if device is None else device
     grid = check_times(sde, uniform_times(sde, 1000) if times is None else times).to(device)
     if noise is None:
         rows = range(first_index, first_index + shape[0])
@@ -153,8 +166,8 @@ def sample(
         if tuple(x_init.shape) != shape:
             raise ValueError(f"x_init must have shape {shape}, got {tuple(x_init.shape)}")
         x = x_init.to(device=device, dtype=dtype)
-    counted = CountedScore(score)
-    states = [x]
+    counted = CountedScore(torch.compile(score) if compile else score)
+    states = [x] if trajectory else []
     records: tuple[list[Report], ...] = tuple([] for _ in correctors)
     chains = [
         start_chain(corrector, sde, draw, record.append if reports else None)
