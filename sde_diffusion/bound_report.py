@@ -82,8 +82,8 @@ def bound(run: Run, place: Workdir, progress: bool = False) -> dict[str, Any]:
                 x[part],
                 first_index=int(part[0]),
                 divergence=likelihood.divergence,
-                rtol=likelihood.rtol,
-                atol=likelihood.atol,
+                solver=likelihood.solver,
+                coordinates=likelihood.coordinates,
                 **common,
             )
             for part in torch.arange(len(x), device=x.device).split(likelihood.batch_size)

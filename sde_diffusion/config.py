@@ -238,12 +238,33 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
     },
     "likelihood": {
         "divergence": Key(
-            "hutchinson", "exact (few dimensions), or an estimate with random probes: hutchinson or gaussian"
+            "hutchinson",
+            "exact (few dimensions), or an estimate with random probes: hutchinson, gaussian, sphere, orthogonal or "
+            "hutch++",
         ),
         "probes": Key(1, "random probes of an estimate"),
+        "mode": Key("reverse", "products with the Jacobian: reverse or forward"),
+        "solver": Key(
+            "dopri5", "dopri5 (each image its own steps) or scipy (as the original: one for the batch)"
+        ),
+        "coordinates": Key(
+            "angle", "variables of the ODE: angle or log_snr (the linear part solved exactly), or time"
+        ),
         "rtol": Key(1e-2, "relative accuracy of the log-likelihood"),
         "atol": Key(1e-2, "absolute accuracy of the log-likelihood, nats"),
-        "dequantizations": Key(1, "dequantization draws averaged per image"),
+        "max_evaluations": Key(10_000, "an image that needs more has failed, and is named"),
+        "tolerance": Key(
+            None,
+            "wanted error of the mean in its unit, by probes, dequantization and solver: chooses probes, "
+            "dequantizations, rtol and atol",
+            float,
+        ),
+        "dequantization": Key(
+            "uniform", "uniform, or truncated_normal for models trained on the centres of levels"
+        ),
+        "dequantizations": Key(1, "dequantization draws per image"),
+        "importance": Key(False, "weight the draws by importance instead of averaging: a tighter bound"),
+        "pilot_images": Key(8, "test images evaluated again to take the error apart; 0: none"),
         "test_images": Key(None, "evaluate the first so many test images; none: all", int),
         "train_images": Key(None, "and so many training images beside them; none: as many; 0: none", int),
         "batch_size": Key(360, "images at a time; it does not change the result"),

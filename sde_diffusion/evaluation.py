@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from sde_diffusion.data import DataSet, epoch_order, from_model
 from sde_diffusion.runs import Run, Samples
 from sde_diffusion.workdir import Workdir
 
-__all__ = ["baseline", "likelihood", "mean_and_error", "quality", "samples_section", "save_samples_picture"]
+__all__ = ["baseline", "mean_and_error", "quality", "samples_section", "save_samples_picture"]
 
 GRID = 100
 """Samples in a picture: 10 x 10."""
@@ -81,77 +80,13 @@ def save_samples_picture(run: Run, samples: Samples, path: Path) -> Path | None:
     )
 
 
-# ------------------------------------------------------------------------------------------------- likelihood
-
-
-def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = None) -> dict[str, Any]:
-    """Test and training bits/dim (images) or nats (vectors), each with its standard error over samples.
-
-    Writes ``likelihood.csv``, a line for each sample, and ``likelihood.png``.
-    """
-    data, block = run.data, run.config.likelihood
-    unit = "bits/dim" if run.info.is_image else "nats"
-    indices = {"test": subset(len(data.test), block.test_images)}
-    train_count = len(indices["test"]) if block.train_images is None else block.train_images
-    if train_count:
-        indices["train"] = subset(len(data.train), train_count)
-    section: dict[str, Any] = {
-        "unit": unit,
-        "step": run.step,
-        "levels": data.levels,
-        "seed": int(run.config.seed),
-    }
-    values: dict[str, Tensor] = {}
-    rows: list[tuple[Any, ...]] = []
-    for part, chosen in indices.items():
-        x, labels = _part(data, part, chosen)
-        out = run.evaluate(x, run.config.seed, y=labels if run.config.model.class_conditional else None)
-        value = run.in_bits(out.log_prob) if run.info.is_image else out.log_prob
-        values[part] = value
-        section[part] = {**mean_and_error(value), "nfe": out.nfe, "seconds": round(out.seconds, 3)}
-        if not run.info.is_image and data.density is not None:
-            exact = data.density.log_prob(x.double())
-            section[part]["exact"] = mean_and_error(exact)
-            section[part]["mean_absolute_difference"] = float((value - exact).abs().mean())
-        named = [""] * len(x) if labels is None else labels.tolist()
-        rows += zip([part] * len(x), chosen.tolist(), named, value.tolist(), strict=True)
-    section["settings"] = block.to_dict()
-    place.folder.mkdir(parents=True, exist_ok=True)
-    with open(place / "likelihood.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("part", "index", "label", unit.replace("/", "_per_")))
-        writer.writerows((*row[:3], f"{row[3]:.6f}") for row in rows)
-    section["files"] = [
-        "likelihood.csv",
-        *_likelihood_pictures(run, place, indices, values, references or {}),
-    ]
-    return section
-
-
-def _part(data: DataSet, part: str, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+def part_of(data: DataSet, part: str, chosen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Chosen samples of ``test`` or ``train`` data, and their labels if they have any."""
     x, labels = (data.test, data.test_labels) if part == "test" else (data.train, data.train_labels)
     return x[chosen], None if labels is None else labels[chosen]
 
 
-def _likelihood_pictures(
-    run: Run,
-    place: Workdir,
-    indices: dict[str, Tensor],
-    values: dict[str, Tensor],
-    references: dict[str, float],
-) -> list[str]:
-    path = place / "likelihood.png"
-    if not run.info.is_image:
-        pictures.save_histogram(values, path, x_label="log-likelihood of a sample, nats")
-        return [path.name]
-    pictures.save_bits_per_dim_histogram(values, path, baselines=references)
-    extremes = place / "likelihood_extremes.png"
-    images = _as_pictures(run.data.test[indices["test"]], run)
-    pictures.save_best_and_worst(images, values["test"], extremes)
-    return [path.name, extremes.name]
-
-
-def _as_pictures(levels: Tensor, run: Run) -> Tensor:
+def as_pictures(levels: Tensor, run: Run) -> Tensor:
     """Grey levels in [-1, 1] from the darkest to the brightest, as pictures take them."""
     return levels.float() / ((run.info.levels or 2) - 1) * 2 - 1
 
@@ -212,21 +147,21 @@ def _image_quality(run: Run, place: Workdir, x: Tensor, labels: Tensor | None) -
     }
     if data.train_labels is not None:
         section["classifier"] = metrics.classifier_report(
-            *_part(data, "train", subset(len(data.train), _MOST_FOR_CLASSIFIER)),
-            *_part(data, "test", subset(len(data.test), _MOST_FOR_CLASSIFIER)),
+            *part_of(data, "train", subset(len(data.train), _MOST_FOR_CLASSIFIER)),
+            *part_of(data, "test", subset(len(data.test), _MOST_FOR_CLASSIFIER)),
             levels,
             None if labels is None else labels.cpu(),
             seed=seed,
         )
     most = max(10, int(_MOST_MULTIPLICATIONS / (len(data.train) * dims) / 2))
     levels = levels[:most]
-    test, _ = _part(data, "test", subset(len(data.test), most))
+    test, _ = part_of(data, "test", subset(len(data.test), most))
     nearest = metrics.nearest_neighbours(levels, data.train, test)
     closest = torch.as_tensor(nearest.closest(10))
     indices = torch.as_tensor(nearest.indices)[closest]
     pictures.save_neighbours(
-        _as_pictures(levels[closest], run),
-        _as_pictures(data.train[indices], run),
+        as_pictures(levels[closest], run),
+        as_pictures(data.train[indices], run),
         place / "nearest_training_images.png",
         distances=nearest.distances[closest.numpy()],
         title="the ten samples nearest to training images",

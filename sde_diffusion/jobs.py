@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from torch import nn
 
-from sde_diffusion import bound_report, build, evaluation, pictures
+from sde_diffusion import bound_report, build, evaluation, likelihood_report, pictures
 from sde_diffusion.build import DataInfo
 from sde_diffusion.checkpoint import CheckpointError
 from sde_diffusion.config import UsageError, changed
@@ -189,7 +189,7 @@ def _evaluate(run: Run, place: Workdir) -> dict[str, Any]:
             references["Gaussian mixture, test"] = fitted["test_bits_per_dim"]
     if report.likelihood:
         what = "evaluating likelihoods"
-        sections.add("likelihood", what, lambda: evaluation.likelihood(run, place, references))
+        sections.add("likelihood", what, lambda: likelihood_report.likelihood(run, place, references))
     if report.quality and report.quality_method in drawn:
         method, what = report.quality_method, "comparing samples with data"
         x, y = drawn[method].x[: report.quality_samples], drawn[method].y
@@ -275,7 +275,7 @@ def likelihood_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     sections = _Sections(place)
 
     def evaluate() -> dict[str, Any]:
-        return {**evaluation.likelihood(run, place, references), **environment(run.device)}
+        return {**likelihood_report.likelihood(run, place, references), **environment(run.device)}
 
     sections.add("likelihood", "evaluating likelihoods", evaluate)
     return _finish(run, place, sections, ("likelihood", "baseline"))

@@ -44,6 +44,13 @@ class Likelihood:
     failed: Tensor
 
 
+def likelihood_solver(
+    rtol: float, atol: float, max_evaluations: int = 100_000, on_failure: str = "raise"
+) -> DormandPrince:
+    """The default solver of :func:`log_likelihood` for a wanted accuracy of the result."""
+    return DormandPrince(rtol * _SAFETY, atol * _SAFETY, max_evaluations, on_failure)
+
+
 def log_likelihood(
     sde: SDE,
     score: Score,
@@ -103,7 +110,7 @@ def log_likelihood(
     if not sde.t_min <= start < sde.t_max:
         raise ValueError(f"t_start must lie in [{sde.t_min}, {sde.t_max}), got {start}")
     if solver is None:
-        solver = DormandPrince(rtol * _SAFETY, atol * _SAFETY, max_evaluations, on_failure)
+        solver = likelihood_solver(rtol, atol, max_evaluations, on_failure)
         coordinates = coordinates or LogSNRCoordinates()
     coordinates = coordinates or TimeCoordinates()
     estimator = make_divergence(divergence, probes) if isinstance(divergence, str) else divergence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,13 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from sde_diffusion import build
-from sde_diffusion.build import DataInfo
+from sde_diffusion.build import DataInfo, LikelihoodSettings
 from sde_diffusion.checkpoint import config_differences, load_weights
 from sde_diffusion.config import UsageError, changed, set_key
-from sde_diffusion.data import DataSet, rescale, to_model
+from sde_diffusion.data import DataSet, rescale
+from sde_diffusion.dequantization import combine, dequantized
 from sde_diffusion.imported import IMPORTED, fitting_data, import_config, read_imported
-from sde_diffusion.likelihood import bits_per_dim, dequantization_noise, log_likelihood
+from sde_diffusion.likelihood import bits_per_dim, log_likelihood
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import SDE
 from sde_diffusion.workdir import Workdir
@@ -55,14 +57,19 @@ class LogLikelihoods:
     """Log-likelihoods and what they took.
 
     Attributes:
-        log_prob: ``log p(x)`` in nats, (B,).
+        log_prob: ``log p(x)`` in nats, (B,); of grey levels the bound on it by dequantization, as a density on
+            [-1, 1]; NaN where it failed.
         nfe: mean number of network evaluations per sample and likelihood.
         seconds: of wall time.
+        nfe_per_sample: over all draws, (B,).
+        failed: whose score was not finite, or whose tolerance could not be met within ``max_evaluations``, (B,).
     """
 
     log_prob: Tensor
     nfe: float
     seconds: float
+    nfe_per_sample: Tensor
+    failed: Tensor
 
 
 class Run:
@@ -289,9 +296,10 @@ class Run:
         *,
         y: Tensor | Sequence[int] | int | None = None,
         first_index: int = 0,
+        probe_seed: int | None = None,
         **likelihood: Any,
     ) -> LogLikelihoods:
-        """:meth:`log_likelihood` with evaluations and time.
+        """:meth:`log_likelihood` with evaluations, time and failures.
 
         Args:
             x: grey levels (B, C, H, W), or vectors (B, D).
@@ -299,6 +307,7 @@ class Run:
             y: labels of a class-conditional model, (B,) or one for all. Default: "no class", if it was
                 trained for that.
             first_index: the index of the first sample.
+            probe_seed: of the probes alone.
             likelihood: keys of the config's ``likelihood`` block with other values.
         """
         config = changed(self.config)
@@ -324,33 +333,56 @@ class Run:
         # The density of x in [-1, 1] from that of its image in the model's range.
         volume = math.log((high - low) / (_RANGE[1] - _RANGE[0])) * torch.Size(self.info.shape).numel()
         started = time.perf_counter()
-        total, evaluations = torch.zeros(len(x), dtype=torch.float64), 0.0
+        draws = torch.zeros(settings.dequantizations, len(x), dtype=torch.float64)
+        evaluations = torch.zeros(len(x), dtype=torch.int64)
+        failed = torch.zeros(len(x), dtype=torch.bool)
+        probes = seed if probe_seed is None else probe_seed
+        begin = self.sde.t_min
+        if self.info.levels is not None:
+            begin = settings.dequantization.start(self.sde, self.info.levels)
+        # The density of alpha v at that time, as one of v; at t_min alpha is that of the data themselves.
+        log_alpha = 0.0 if begin == self.sde.t_min else float(self.sde.log_alpha(begin))
+        volume += log_alpha * torch.Size(self.info.shape).numel()
         for draw in range(settings.dequantizations):
             for start in range(0, len(x), settings.batch_size):
                 piece = x[start : start + settings.batch_size].to(self.device)
+                part = slice(start, start + len(piece))
                 index = first_index + start
+                continuous, log_q = self._continuous(piece, settings, seed, index, draw)
                 out = log_likelihood(
                     self.sde,
                     self._conditioned(labels, start, len(piece)),
-                    self._continuous(piece, seed, index, draw),
+                    continuous * math.exp(log_alpha),
                     divergence=settings.divergence,
-                    rtol=settings.rtol,
-                    atol=settings.atol,
+                    solver=settings.solver,
+                    coordinates=settings.coordinates,
                     # Other draws of the same image need other probes.
-                    seed=(seed + draw * 0x9E3779B97F4A7C15) % 2**64,
+                    seed=(probes + draw * 0x9E3779B97F4A7C15) % 2**64,
                     first_index=index,
+                    t_start=begin,
                 )
-                total[start : start + len(piece)] += out.log_prob.double().cpu() + volume
-                evaluations += float(out.nfe_per_sample.sum())
-        count = settings.dequantizations
+                draws[draw, part] = (out.log_prob.double() - log_q).cpu() + volume
+                evaluations[part] += out.nfe_per_sample.cpu()
+                failed[part] |= out.failed.cpu()
+        if bool(failed.any()):
+            names = ", ".join(str(first_index + i) for i in failed.nonzero().flatten().tolist()[:20])
+            warnings.warn(f"the likelihood of sample {names} could not be computed and is NaN", stacklevel=2)
         seconds = time.perf_counter() - started
-        return LogLikelihoods(total / count, evaluations / count / len(x), seconds)
+        mean = float(evaluations.double().mean()) / settings.dequantizations
+        return LogLikelihoods(
+            combine(draws, importance=settings.importance), mean, seconds, evaluations, failed
+        )
 
-    def _continuous(self, x: Tensor, seed: int, index: int, draw: int) -> Tensor:
+    def _continuous(
+        self, x: Tensor, settings: LikelihoodSettings, seed: int, index: int, draw: int
+    ) -> tuple[Tensor, Tensor]:
+        """Data in the model's range, and the log-density of their dequantization noise within a cell, (B,)."""
         if self.info.levels is None:
-            return rescale(x.float(), _RANGE, self.model.data_range)
-        noise = dequantization_noise(x.shape, seed=seed, first_index=index, draw=draw, device=self.device)
-        return rescale(to_model(x, self.info.levels, noise), _RANGE, self.model.data_range)
+            return rescale(x.float(), _RANGE, self.model.data_range), torch.zeros(len(x), device=x.device)
+        v, log_q = dequantized(
+            settings.dequantization, x, self.info.levels, seed=seed, first_index=index, draw=draw
+        )
+        return rescale(v, _RANGE, self.model.data_range), log_q
 
 
 def load(

@@ -67,6 +67,22 @@ def _likelihood(section: Section) -> list[str]:
             values = section[part]
             exact = f"; the true density has {_error_bar(values['exact'])}" if "exact" in values else ""
             lines.append(f"{part}: {_error_bar(values)} {section['unit']} ({values['n']} samples){exact}")
+            if "failed" in values:
+                lines.append(f"{part}: failed, and left out: {', '.join(map(str, values['failed']))}")
+    if "error_of_the_mean" in section:
+        parts = ("between_images", "dequantization", "probes", "solver")
+        lines.append(
+            "error of the test mean: "
+            + ", ".join(
+                f"{name.replace('_', ' ')} {section['error_of_the_mean'][name]:.1g}" for name in parts
+            )
+        )
+    if "plan" in section:
+        plan = section["plan"]
+        lines.append(
+            f"for an error of {plan['wanted']:g} (expected {plan['expected_error']:.2g}): "
+            + ", ".join(f"{name} {value:g}" for name, value in plan["chosen"].items())
+        )
     return lines
 
 

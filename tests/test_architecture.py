@@ -25,7 +25,8 @@ EDGE = (
     "build",
     "imported",
     "runs",
-    "evaluation bound_report",
+    "evaluation",
+    "likelihood_report bound_report",
     "jobs",
     "run",
 )

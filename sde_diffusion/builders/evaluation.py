@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from sde_diffusion.builders.shared import block_errors, positive
+from sde_diffusion.builders.shared import block_errors, named, positive
+from sde_diffusion.coordinates import Coordinates, coordinates
+from sde_diffusion.dequantization import (
+    Dequantization,
+    TruncatedNormalDequantization,
+    UniformDequantization,
+)
 from sde_diffusion.divergence import Divergence, make_divergence
-from sde_diffusion.ode import DormandPrince
+from sde_diffusion.likelihood import likelihood_solver
+from sde_diffusion.ode import Solver
+from sde_diffusion.scipy_ode import ScipyRK45
 from sde_diffusion.score import ScoreModel
 from sde_diffusion.variances import FixedSmall, ReverseVariance, fixed_variance
 
 __all__ = ["BoundSettings", "LikelihoodSettings", "bound", "likelihood", "reverse_variance"]
+
+
+DEQUANTIZATIONS: dict[str, Callable[[], Dequantization]] = {
+    "uniform": UniformDequantization,
+    "truncated_normal": TruncatedNormalDequantization,
+}
 
 
 @dataclass(frozen=True)
@@ -20,27 +35,43 @@ class LikelihoodSettings:
     """How likelihoods are evaluated, and of how many samples (None: all of test, as many of training)."""
 
     divergence: Divergence
-    rtol: float
-    atol: float
+    solver: Solver
+    coordinates: Coordinates
+    dequantization: Dequantization
     dequantizations: int
+    importance: bool
     batch_size: int
     test_images: int | None
     train_images: int | None
+    tolerance: float | None
+    pilot_images: int
 
 
 def likelihood(config: ConfigDict) -> LikelihoodSettings:
     """How likelihoods are evaluated."""
     block = config.likelihood
+    cap = positive(config, "likelihood.max_evaluations")
+    solvers: dict[str, Callable[[], Solver]] = {
+        "dopri5": lambda: likelihood_solver(block.rtol, block.atol, cap, "nan"),
+        "scipy": lambda: ScipyRK45(block.rtol, block.atol),
+    }
+    make = named("likelihood.solver", block.solver, solvers)
+    dequantization = named("likelihood.dequantization", block.dequantization, DEQUANTIZATIONS)
     with block_errors("likelihood"):
-        DormandPrince(block.rtol, block.atol)  # says what is wrong with tolerances
+        if block.tolerance is not None and not 0 < block.tolerance < float("inf"):
+            raise ValueError(f"tolerance must be positive, got {block.tolerance!r}")
         return LikelihoodSettings(
-            make_divergence(block.divergence, block.probes),
-            block.rtol,
-            block.atol,
+            make_divergence(block.divergence, block.probes, block.mode),
+            make(),
+            coordinates(block.coordinates),
+            dequantization(),
             positive(config, "likelihood.dequantizations"),
+            block.importance,
             positive(config, "likelihood.batch_size"),
             None if block.test_images is None else positive(config, "likelihood.test_images"),
             None if block.train_images is None else positive(config, "likelihood.train_images", 0),
+            block.tolerance,
+            positive(config, "likelihood.pilot_images", 0),
         )
 
 

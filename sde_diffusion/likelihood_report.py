@@ -1,0 +1,325 @@
+"""The likelihood of a trained model on its data: every image, with what the error of the mean is made of.
+
+The value of image i with dequantization draws r and probes k is ``mean + a_i + b_ir + c_irk`` and an error of the
+solver. The variances of b and c come from repeats on a few pilot images (a nested analysis of variance), that of a
+from the spread over images, and the solver's error from the same images at a ten times tighter tolerance.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sde_diffusion import build, pictures
+from sde_diffusion.ends import prior_mismatch
+from sde_diffusion.evaluation import as_pictures, mean_and_error, part_of, subset
+from sde_diffusion.runs import Run
+from sde_diffusion.workdir import Workdir
+
+__all__ = ["Components", "Effort", "cheapest", "likelihood", "variance_components"]
+
+_REPEATS = 2
+_TIGHTER = 0.1
+_PARTIAL = "likelihood_partial.csv"
+_LADDER = (1e-1, 1e-2, 1e-3, 1e-4)
+_MOST_DRAWS, _MOST_PROBES = 64, 16
+_PRODUCT = 0.7  # of the cost of an evaluation of the network, for each probe
+
+
+# ------------------------------------------------------------ where the error comes from
+
+
+@dataclass(frozen=True)
+class Components:
+    """Variances of the value of one image, for one dequantization and one set of probes, and the solver's error.
+
+    Attributes:
+        dequantization: the variance between draws of the dequantization noise.
+        probe: the variance between sets of probes.
+        solver: the mean difference from a tighter tolerance.
+        solver_spread: the root mean square of that difference.
+        images: on how many images this was measured.
+    """
+
+    dequantization: float
+    probe: float
+    solver: float
+    solver_spread: float
+    images: int
+
+
+def variance_components(values: Tensor) -> tuple[float, float]:
+    """The variances between dequantizations and between probes, from values (images, dequantizations, probes).
+
+    ``E var_k = probe`` and ``E var_r(mean_k) = dequantization + probe / K``: the estimates are unbiased before the
+    first is cut off at 0.
+    """
+    probe = float(values.var(2).mean())
+    between = float(values.mean(2).var(1).mean())
+    return max(0.0, between - probe / values.shape[2]), probe
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is spent on each image, and the error of the mean that it should have."""
+
+    dequantizations: int
+    probes: int
+    cost: float
+    error: float
+
+
+def cheapest(components: Components, images: int, wanted: float) -> Effort | None:
+    """The least ``R (1 + 0.7 K)`` for which ``((dequantization + probe / K) / R) / images + solver^2 <= wanted^2``.
+
+    Args:
+        components: for a single probe.
+        images: over which the mean is taken.
+        wanted: error of the mean. None is returned where the solver's error alone is larger, or 64 dequantizations
+            with 16 probes are too few.
+    """
+    best = None
+    for draws in range(1, _MOST_DRAWS + 1):
+        for probes in range(1, _MOST_PROBES + 1):
+            sampling = (components.dequantization + components.probe / probes) / draws / images
+            error = math.sqrt(sampling + components.solver**2)
+            found = Effort(draws, probes, draws * (1 + _PRODUCT * probes), error)
+            if error <= wanted and (best is None or found.cost < best.cost):
+                best = found
+    return best
+
+
+def _measure(run: Run, x: Tensor, labels: Tensor | None, settings: dict[str, Any]) -> Components:
+    """The components on pilot images."""
+    seed = int(run.config.seed)
+    one = settings | {"dequantizations": 1}
+
+    def values(draw: int, probe: int, **others: Any) -> Tensor:
+        # Seeds that the evaluation itself does not use.
+        dequantization = (seed + 1 + draw) * 0x9E3779B97F4A7C15 % 2**63
+        out = run.evaluate(
+            x, dequantization, y=labels, probe_seed=dequantization + 1 + probe, **(one | others)
+        )
+        return _in_unit(run, out.log_prob)
+
+    table = torch.stack([torch.stack([values(r, k) for k in range(_REPEATS)], 1) for r in range(_REPEATS)], 1)
+    block = run.config.likelihood.to_dict() | settings
+    tight = values(0, 0, rtol=block["rtol"] * _TIGHTER, atol=block["atol"] * _TIGHTER)
+    error = table[:, 0, 0] - tight
+    good = torch.isfinite(table).all(2).all(1) & torch.isfinite(error)
+    if int(good.sum()) < 2:
+        raise ValueError("fewer than two pilot images could be evaluated")
+    dequantization, probe = variance_components(table[good])
+    error = error[good]
+    return Components(
+        dequantization, probe, float(error.mean()), float(error.square().mean().sqrt()), int(good.sum())
+    )
+
+
+def _planned(
+    run: Run, x: Tensor, labels: Tensor | None, images: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings that reach ``likelihood.tolerance`` at least cost, and how they were found."""
+    wanted, tried = float(run.config.likelihood.tolerance), []
+    for tolerance in _LADDER:
+        settings: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "probes": 1}
+        components = _measure(run, x, labels, settings)
+        effort = cheapest(components, images, wanted)
+        tried.append({"rtol": tolerance, **asdict(components)})
+        if effort is not None:
+            chosen = settings | {"probes": effort.probes, "dequantizations": effort.dequantizations}
+            return chosen, {
+                "wanted": wanted,
+                "expected_error": effort.error,
+                "chosen": chosen,
+                "tried": tried,
+            }
+    raise ValueError(
+        f"an error of {wanted:g} cannot be reached with {images} images: at rtol = {_LADDER[-1]:g} the solver is off "
+        f"by {tried[-1]['solver']:.2g}, and one dequantization and probe spread by "
+        f"{math.sqrt(tried[-1]['dequantization'] + tried[-1]['probe']):.2g}"
+    )
+
+
+# ------------------------------------------------------------ every image, once
+
+
+def _in_unit(run: Run, log_prob: Tensor) -> Tensor:
+    return run.in_bits(log_prob) if run.info.is_image else log_prob
+
+
+Row = tuple[str, int, str, float, int]
+"""Part, index, label, value, evaluations."""
+
+
+class _Rows:
+    """What has been computed, kept on disk after each batch, so that a killed evaluation goes on where it was."""
+
+    def __init__(self, place: Workdir, key: str) -> None:
+        self.path = place / _PARTIAL
+        self.rows: list[Row] = []
+        if self.path.is_file():
+            lines = self.path.read_text(encoding="utf-8").split("\n")
+            if lines[0] == key:  # the last line may have been cut off
+                self.rows = [_row(line) for line in lines[1:-1]]
+        self.path.write_text(key + "\n" + _lines(self.rows), encoding="utf-8")
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keeps the rows of a batch."""
+        self.rows += rows
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+
+    def done(self, part: str) -> int:
+        """How many of a part there are; they come in their order."""
+        return sum(row[0] == part for row in self.rows)
+
+
+def _lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _row(line: str) -> Row:
+    part, index, label, value, nfe = json.loads(line)
+    return part, index, label, value, nfe
+
+
+def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = None) -> dict[str, Any]:
+    """Test and training bits/dim (images) or nats (vectors) with their standard errors over samples, and what the
+    error of the test mean is made of.
+
+    Writes ``likelihood.csv``, a line for each sample, ``likelihood.png``, and for images the best and worst.
+    Samples that fail are named in the section, and are NaN in the file.
+    """
+    data, block = run.data, run.config.likelihood
+    unit = "bits/dim" if run.info.is_image else "nats"
+    settings = build.likelihood(run.config)
+    conditional = bool(run.config.model.class_conditional)
+    indices = {"test": subset(len(data.test), block.test_images)}
+    train_count = len(indices["test"]) if block.train_images is None else block.train_images
+    if train_count:
+        indices["train"] = subset(len(data.train), train_count)
+    section: dict[str, Any] = {
+        "unit": unit,
+        "step": run.step,
+        "levels": data.levels,
+        "seed": int(run.config.seed),
+    }
+    pilot = indices["test"][: settings.pilot_images]
+    x, labels = part_of(data, "test", pilot)
+    labels = labels if conditional else None
+    chosen: dict[str, Any] = {}
+    if settings.tolerance is not None:
+        if len(pilot) < 2:
+            raise ValueError(f"a tolerance needs at least 2 pilot_images, got {len(pilot)}")
+        chosen, section["plan"] = _planned(run, x, labels, len(indices["test"]))
+    place.folder.mkdir(parents=True, exist_ok=True)
+    everything = {"block": block.to_dict(), "chosen": chosen, "seed": section["seed"], "step": run.step}
+    rows = _Rows(place, hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest())
+    values: dict[str, Tensor] = {}
+    for part, wanted in indices.items():
+        started, before = time.perf_counter(), rows.done(part)
+        for first in range(before, len(wanted), settings.batch_size):
+            piece = wanted[first : first + settings.batch_size]
+            batch, named = part_of(data, part, piece)
+            out = run.evaluate(
+                batch, run.config.seed, y=named if conditional else None, first_index=first, **chosen
+            )
+            names = [""] * len(batch) if named is None else [str(label) for label in named.tolist()]
+            columns = (
+                piece.tolist(),
+                names,
+                _in_unit(run, out.log_prob).tolist(),
+                out.nfe_per_sample.tolist(),
+            )
+            rows.add([(part, *row) for row in zip(*columns, strict=True)])
+        mine = [row for row in rows.rows if row[0] == part]
+        values[part] = value = torch.tensor([row[3] for row in mine], dtype=torch.float64)
+        finite = torch.isfinite(value)
+        per_draw = torch.tensor([row[4] for row in mine]) / (
+            chosen.get("dequantizations", settings.dequantizations)
+        )
+        section[part] = {
+            **mean_and_error(value[finite]),
+            "nfe": float(per_draw.mean()),
+            "nfe_quartiles": torch.quantile(per_draw.double(), torch.linspace(0, 1, 5).double()).tolist(),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+        if before:
+            section[part]["resumed_after"] = before
+        if not bool(finite.all()):
+            section[part]["failed"] = [mine[i][1] for i in (~finite).nonzero().flatten().tolist()]
+        if not run.info.is_image and data.density is not None:
+            exact = data.density.log_prob(part_of(data, part, wanted)[0].double())
+            section[part]["exact"] = mean_and_error(exact)
+            section[part]["mean_absolute_difference"] = float((value - exact)[finite].abs().mean())
+    if settings.pilot_images > 1 and len(pilot) > 1:
+        section["error_of_the_mean"] = _error(
+            run, x, labels, chosen, values["test"], settings.dequantizations
+        )
+    section["settings"] = block.to_dict() | chosen
+    section["prior_mismatch"] = _prior(run)
+    with open(place / "likelihood.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(("part", "index", "label", unit.replace("/", "_per_"), "evaluations"))
+        writer.writerows((*row[:3], f"{row[3]:.6f}", row[4]) for row in rows.rows)
+    section["files"] = ["likelihood.csv", *_pictures(run, place, indices, values, references or {})]
+    rows.path.unlink()
+    return section
+
+
+def _error(
+    run: Run, x: Tensor, labels: Tensor | None, chosen: dict[str, Any], values: Tensor, draws: int
+) -> dict[str, Any]:
+    """Contributions to the error of the test mean: standard errors by their source, and the solver's bias."""
+    found = _measure(run, x, labels, chosen)
+    draws, n = chosen.get("dequantizations", draws), int(torch.isfinite(values).sum())
+    within = (found.dequantization + found.probe) / draws
+    total = float(values[torch.isfinite(values)].var()) if n > 1 else math.nan
+    return {
+        "between_images": math.sqrt(max(0.0, total - within) / n),
+        "dequantization": math.sqrt(found.dequantization / draws / n),
+        "probes": math.sqrt(found.probe / draws / n),
+        "solver": found.solver,
+        "solver_per_image": found.solver_spread,
+        "pilot_images": found.images,
+    }
+
+
+def _prior(run: Run) -> dict[str, float]:
+    """What the prior costs on average, in the unit of the section, from the training data."""
+    x = run.data.train[:4096].double()
+    if run.info.levels is not None:
+        x = (2 * x + 1) / run.info.levels - 1
+    found = prior_mismatch(run.sde, x)
+    scale = 1.0 if run.info.levels is None else 1 / (math.log(2) * math.prod(run.info.shape))
+    return {"gaussian": found.gaussian * scale, "most": found.most * scale}
+
+
+def _pictures(
+    run: Run,
+    place: Workdir,
+    indices: dict[str, Tensor],
+    values: dict[str, Tensor],
+    references: dict[str, float],
+) -> list[str]:
+    path = place / "likelihood.png"
+    kept = {part: torch.isfinite(value) for part, value in values.items()}
+    shown = {part: value[kept[part]] for part, value in values.items()}
+    if not run.info.is_image:
+        pictures.save_histogram(shown, path, x_label="log-likelihood of a sample, nats")
+        return [path.name]
+    pictures.save_bits_per_dim_histogram(shown, path, baselines=references)
+    extremes = place / "likelihood_extremes.png"
+    images = as_pictures(run.data.test[indices["test"][kept["test"]]], run)
+    pictures.save_best_and_worst(images, shown["test"], extremes)
+    return [path.name, extremes.name]

@@ -1,0 +1,186 @@
+"""The report of a likelihood: variance components, plans, failures that are named, and going on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sde_diffusion import likelihood_report
+from sde_diffusion.likelihood_report import Components, cheapest, variance_components
+from sde_diffusion.runs import Run, load
+from sde_diffusion.workdir import Workdir
+from tiny import NO_REPORT, command, keywords
+
+IMAGES = {"likelihood__test_images": 6, "likelihood__train_images": 0, "likelihood__batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report") / "run"
+    assert command("train", folder, **keywords(NO_REPORT) | IMAGES | {"sde__t_min": 1e-3}) == 0
+    return folder
+
+
+def report(folder: Path, **changes) -> dict:
+    assert command("likelihood", folder, **IMAGES | {"sde__t_min": 1e-3} | changes) == 0
+    return json.loads((folder / "metrics.json").read_text())["likelihood"]
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "likelihood.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Numbers -----------------------------------------------------------------------------------------------
+
+
+def test_components_of_variance_are_unbiased() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    n, between, dequantization, probe = 20_000, 3.0, 0.5, 0.2
+    values = between**0.5 * normal(n, 1, 1) + dequantization**0.5 * normal(n, 2, 1)
+    values = values + probe**0.5 * normal(n, 2, 2)
+    found = variance_components(values)
+    assert found == pytest.approx((dequantization, probe), rel=5 * (2 / n) ** 0.5)
+    assert variance_components(normal(50, 1, 1).expand(50, 2, 2)) == (0.0, 0.0)
+
+
+def test_the_cheapest_plan_meets_the_error_and_nothing_cheaper_does() -> None:
+    components = Components(dequantization=0.04, probe=0.36, solver=0.001, solver_spread=0.01, images=8)
+    plan = cheapest(components, 100, 0.02)
+    assert plan is not None and plan.error <= 0.02
+    for draws in range(1, 65):
+        for probes in range(1, 17):
+            error = math.hypot(math.sqrt((0.04 + 0.36 / probes) / draws / 100), 0.001)
+            cost = draws * (1 + 0.7 * probes)
+            assert error > 0.02 or cost >= plan.cost
+            if (draws, probes) == (plan.dequantizations, plan.probes):
+                assert (error, cost) == pytest.approx((plan.error, plan.cost))
+    assert cheapest(components, 100, 0.0009) is None  # the solver alone is worse
+    assert cheapest(components, 1, 0.005) is None
+
+
+# The whole ---------------------------------------------------------------------------------------------
+
+
+def test_every_image_its_parts_of_the_error_and_how_it_was_made(trained: Path) -> None:
+    section = report(trained, likelihood__pilot_images=2)
+    found = rows(trained)
+    assert len(found) == section["test"]["n"] == 6
+    assert set(section["error_of_the_mean"]) == {
+        "between_images", "dequantization", "probes", "solver", "solver_per_image", "pilot_images",
+    }  # fmt: skip
+    assert section["error_of_the_mean"]["probes"] > 0 and section["error_of_the_mean"]["pilot_images"] == 2
+    nfe = [int(row["evaluations"]) for row in found]
+    assert section["test"]["nfe"] == pytest.approx(sum(nfe) / 6)
+    assert section["test"]["nfe_quartiles"][0] == min(nfe) and section["test"]["nfe_quartiles"][4] == max(nfe)
+    assert 0 <= section["prior_mismatch"]["gaussian"] <= section["prior_mismatch"]["most"] < 1e-3
+    assert not (trained / "likelihood_partial.csv").exists()
+
+
+def test_an_evaluation_that_was_killed_goes_on(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = report(trained, likelihood__pilot_images=0)
+    expected, evaluate, calls = rows(trained), Run.evaluate, []
+
+    def dying(self, x, *args, **options):
+        calls.append(len(x))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, x, *args, **options)
+
+    monkeypatch.setattr(Run, "evaluate", dying)
+    run = load(trained)
+    for key, value in IMAGES.items():
+        run.config.likelihood[key.removeprefix("likelihood__")] = value
+    run.config.likelihood.update({"pilot_images": 0, "rtol": 0.9, "atol": 5.0})
+    with pytest.raises(KeyboardInterrupt):
+        likelihood_report.likelihood(run, Workdir(trained))
+    partial = trained / "likelihood_partial.csv"
+    assert len(partial.read_text().splitlines()) == 1 + 4
+    with open(partial, "a") as file:
+        file.write('["test", 3, "')  # the line that was being written
+    again = likelihood_report.likelihood(run, Workdir(trained))
+    assert calls == [2, 2, 2, 2]
+    assert again["test"]["resumed_after"] == 4
+    assert again["test"]["mean"] == pytest.approx(whole["test"]["mean"], rel=1e-6)
+    assert rows(trained) == expected
+    # Other settings begin anew.
+    partial.write_text("another\n" + json.dumps(["test", 0, "", 1.0, 1]) + "\n")
+    assert "resumed_after" not in report(trained, likelihood__pilot_images=0)["test"]
+
+
+@pytest.mark.slow
+def test_images_that_fail_are_named_and_the_others_finished(trained: Path, capsys) -> None:
+    close = {"likelihood__pilot_images": 0, "likelihood__rtol": 0.1, "likelihood__atol": 0.03}
+    assert report(trained, **close)["test"]["n"] == 6
+    complete = rows(trained)
+    needed = [int(row["evaluations"]) for row in complete]
+    cap = sorted(needed)[1]
+    assert max(needed) > cap
+    with pytest.warns(UserWarning, match="could not be computed and is NaN"):
+        section = report(trained, likelihood__max_evaluations=cap, **close)
+    failed = [int(row["index"]) for row, n in zip(complete, needed, strict=True) if n > cap]
+    assert section["test"]["failed"] == failed and section["test"]["n"] == 6 - len(failed)
+    assert "failed, and left out" in capsys.readouterr().out
+    kept = [row["bits_per_dim"] for row in rows(trained) if int(row["index"]) not in failed]
+    assert kept == [row["bits_per_dim"] for row in complete if int(row["index"]) not in failed]
+
+
+@pytest.mark.slow
+def test_a_tolerance_chooses_the_effort(trained: Path, capsys) -> None:
+    section = report(trained, likelihood__tolerance=0.5, likelihood__pilot_images=2)
+    plan = section["plan"]
+    assert plan["expected_error"] <= 0.5 and plan["chosen"]["rtol"] == plan["tried"][-1]["rtol"]
+    assert section["settings"]["probes"] == plan["chosen"]["probes"]
+    assert "for an error of 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"likelihood__tolerance": -1.0}, "tolerance must be positive, got -1.0"),
+        ({"likelihood__dequantization": "normal"}, "unknown likelihood.dequantization 'normal'"),
+        ({"likelihood__solver": "rk45"}, "unknown likelihood.solver 'rk45'"),
+        ({"likelihood__coordinates": "angel"}, "did you mean 'angle'"),
+        ({"likelihood__mode": "back"}, "unknown mode 'back'"),
+        ({"likelihood__max_evaluations": 0}, "likelihood.max_evaluations must be an integer >= 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(trained: Path, changes, message, capsys) -> None:
+    assert command("likelihood", trained, sde__t_min=1e-3, **changes) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_truncated_normal_and_importance(trained: Path) -> None:
+    """By hand: the density where the noise of the diffusion is that of the dequantization."""
+    import sde_diffusion as sd
+    from sde_diffusion.dequantization import dequantized
+
+    run = load(trained)
+    images = run.data.test[:3]
+    kind = sd.TruncatedNormalDequantization()
+    t = kind.start(run.sde, 17)
+    alpha, ratios = float(run.sde.alpha(t)), []
+    for draw in range(2):
+        v, log_q = dequantized(kind, images, 17, draw=draw)
+        seed = draw * 0x9E3779B97F4A7C15 % 2**64
+        out = sd.log_likelihood(
+            run.sde, run.model, alpha * v, divergence="hutchinson", rtol=0.9, atol=5.0, t_start=t, seed=seed
+        )
+        ratios.append(out.log_prob.double() + 64 * math.log(alpha) - log_q)
+    options = {"dequantization": "truncated_normal", "dequantizations": 2}
+    average = run.log_likelihood(images, **options)
+    torch.testing.assert_close(average, torch.stack(ratios).mean(0), rtol=1e-5, atol=1e-4)
+    weighted = run.log_likelihood(images, importance=True, **options)
+    expected = torch.stack(ratios).logsumexp(0) - math.log(2)
+    torch.testing.assert_close(weighted, expected, rtol=1e-5, atol=1e-4)
+    assert bool((weighted >= average).all())
