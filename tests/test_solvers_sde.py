@@ -28,7 +28,8 @@ from problems import (
     slope,
     times64,
 )
-from sde_diffusion.noise import ChildNoise
+from sde_diffusion.noise import ChildNoise, SampleNoise
+from sde_diffusion.predictors.adaptive import _Path
 
 CLOSE_SDES = {name: SDES[name] for name in ("vp", "subvp")}
 
@@ -229,6 +230,19 @@ def test_moments_converge_at_the_stated_order(name: str, predictor: sd.SDEDPMSol
     assert predictor.convergence - 0.15 < slope(sizes, errors) < high, errors
 
 
+def test_the_last_steps_of_a_uniform_grid_do_not_extrapolate() -> None:
+    """The mistake: a parabola through rough values, 30 times as far as they lie apart, at every length of a run."""
+    sde, data = SDES["vp"], gaussian_2d()
+    times = sd.uniform_times(sde, 100)
+
+    def error(**options) -> float:
+        _, covariance = run_moments(sd.SASolver(3, **options), sde, data, times)
+        return float((covariance - marginal_moments(data, sde, times[-1])[1]).abs().max())
+
+    assert error() < 0.03
+    assert error(lower_order_final=None) > 0.3
+
+
 # Strong convergence --------------------------------------------------------------------------------------
 
 # One mode, but no Gaussian: between modes far apart a few paths change sides, and they would be the whole error.
@@ -406,6 +420,90 @@ def test_the_adaptive_solver_gives_up_with_the_names_of_the_samples() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             sd.AdaptiveSDE(**options)
+
+
+def adaptive_reference(
+    solver: sd.AdaptiveSDE, sde: sd.SDE, score: sd.Score, x: Tensor, times: list[float], noises: list[Tensor]
+) -> tuple[Tensor, int, int]:
+    """The algorithm for one sample, in numbers: the state, and how many steps were accepted and rejected."""
+    wanted, accepted, rejected = solver.h_init * sde.t_max, 0, 0
+    for (t, s), noise in zip(pairwise(times), noises, strict=True):
+        child, stack, tries, before = ChildNoise(noise), [], 0, x
+        while t > s:
+            h, z = min(wanted, t - s), child.normal(torch.tensor([tries]))
+            tries += 1
+            if not stack:
+                stack.append((h, h**0.5 * z))
+            else:
+                length, whole = stack.pop()
+                share = 1.0 if h >= 0.9 * length else min(h / length, 0.5)
+                part = share * whole + (length * share * (1 - share)) ** 0.5 * z
+                if share < 1:
+                    stack.append((length - share * length, whole - part))
+                stack.append((share * length, part))
+            h, dw = stack[-1]
+            there = s if abs(t - h - s) < 1e-9 else t - h
+
+            def change(y: Tensor, at: float, h: float = h, dw: Tensor = dw) -> Tensor:
+                f, g2 = sde.f_and_g2(times64(at))
+                return -h * (f * y - g2 * score(y, times64(at))) + g2.sqrt() * dw
+
+            first = x + change(x, t)
+            second = 0.5 * (first + x + change(first, there))
+            delta = torch.maximum(first.abs(), before.abs()).mul(solver.rtol).clamp_min(solver.atol)
+            error = float(((first - second) / delta).square().mean().sqrt())
+            grown = h * min(max(solver.safety * error**-solver.exponent, 0.02), 10)
+            if error <= 1:
+                stack.pop()
+                wanted = min(max(wanted, grown) if h < wanted else grown, sde.t_max)
+                x, before, t, accepted = second, first, there, accepted + 1
+            else:
+                wanted, rejected = grown, rejected + 1
+    return x, accepted, rejected
+
+
+@pytest.mark.parametrize("name", ["vp", "ve"])
+def test_a_run_of_the_adaptive_solver_is_that_of_each_sample_by_itself(name: str) -> None:
+    """Over two intervals and with rejections: the sizes of steps, what is remembered, and the path."""
+    sde, times = SDES[name], [0.9, 0.6, 0.3]
+    score = mixture_2d().score(sde)
+    solver = sd.AdaptiveSDE(rtol=0.2, atol=1e-2, h_init=0.3)
+    x, *noises = torch.randn(3, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    run, ours = solver.start(sde, times64(*times), lambda: x), x
+    for (t, s), noise in zip(pairwise(times64(*times)), noises, strict=True):
+        ours = run.step(sde, score, ours, t, s, noise)
+    for i in range(len(x)):
+        row = slice(i, i + 1)
+        want, accepted, rejected = adaptive_reference(
+            solver, sde, score, x[row], times, [noise[row] for noise in noises]
+        )
+        assert accepted > 2 and rejected > 0
+        assert_close(ours[row], want, rtol=1e-7, atol=1e-7)
+
+
+def test_a_brownian_path_is_one_whatever_is_rejected() -> None:
+    """Increments are rejected here for being large: drawn anew they could not be. Of ours the sums up to times fixed
+    beforehand are normal of the right variance, and independent."""
+    n = 4000
+    path = _Path(SampleNoise(0, range(n), (2,), dtype=torch.float64).normal())
+    at, value, marks = torch.zeros(n).double(), torch.zeros(n, 2).double(), []
+    tries, wanted = torch.zeros(n, dtype=torch.long), torch.full((n,), 0.5).double()
+    for mark in (0.37, 1.0):
+        active = at < mark
+        while bool(active.any()):
+            h, step = path.increment(torch.minimum(wanted, mark - at), tries, active)
+            tries += active
+            accept = active & ((step.abs().amax(1) < 1.1 * h.sqrt()) | (h < 0.1))
+            path.advance(accept)
+            value = value + accept[:, None] * step
+            at = torch.where(accept, torch.where(mark - at - h < 1e-9, mark, at + h), at)
+            wanted = torch.where(accept, 1.7 * h.clamp_min(0.05), 0.4 * h)
+            active = at < mark
+        marks.append(value)
+    scaled = torch.cat([marks[0], marks[1] - marks[0]], 1) / times64(0.37, 0.37, 0.63, 0.63).sqrt()
+    assert float(scaled.mean(0).abs().max()) < 4 / n**0.5
+    assert_close(scaled.T @ scaled / n, torch.eye(4).double(), rtol=0, atol=4 * (2 / n) ** 0.5)
+    assert_close(scaled.pow(4).mean(0), torch.full((4,), 3.0).double(), rtol=0, atol=4 * (96 / n) ** 0.5)
 
 
 # Restart -------------------------------------------------------------------------------------------------
