@@ -212,9 +212,12 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "s_noise": Key(None, "edm_heun: S_noise; none: 1", float),
         "ancestral_variance": Key("small", "ancestral: small or large"),
         "eta": Key(0.0, "ddim: 0 (deterministic) to 1"),
-        "corrector": Key("langevin", "pc: langevin, annealed_langevin or none"),
+        "corrector": Key(
+            "langevin", "pc: langevin, langevin_original, annealed_langevin, sgld, sgld_decaying, psgld,
+            underdamped, sghmc, mala, " "barker, tamed, implicit, renoise or none",
+        ),
         "corrector_steps": Key(1, "pc: corrector steps per predictor step"),
-        "snr": Key(0.16, "pc: signal-to-noise ratio of a corrector step"),
+        "snr": Key(0.16, "pc: signal-to-noise ratio of a corrector step, of size 2 snr² sigma²"),
         "order": Key("corrector-first", "pc: corrector-first or predictor-first"),
         "denoise": Key(True, "remove the noise of the last time"),
         "precision": Key(

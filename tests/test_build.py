@@ -22,7 +22,7 @@ from sde_diffusion.config import (
     set_key,
     unknown_key,
 )
-from sde_diffusion.correctors import AnnealedLangevin, Langevin
+from sde_diffusion.correctors import CORRECTORS, AnnealedLangevin, Langevin
 from sde_diffusion.data import load_dataset
 from sde_diffusion.losses import AntitheticDraw, EDMWeighting, LogNormalTime, MinSNRWeighting
 from sde_diffusion.networks import MLP, UNet
@@ -240,6 +240,12 @@ def test_predictor(changes, expected):
 def test_correctors(name, expected):
     c = config(sampling__corrector=name, sampling__snr=0.2, sampling__corrector_steps=2)
     assert build.correctors(c) == expected
+
+
+@pytest.mark.parametrize("name", CORRECTORS)
+def test_every_corrector_has_a_name_and_a_step_by_the_signal_to_noise_ratio(name):
+    (corrector,) = build.correctors(config(sampling__corrector=name, sampling__corrector_steps=2))
+    assert corrector == CORRECTORS[name](2 * 0.16**2, 2) and corrector.steps == 2
 
 
 def test_samplers():

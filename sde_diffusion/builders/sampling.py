@@ -14,7 +14,7 @@ from sde_diffusion.builders.evaluation import reverse_variance
 from sde_diffusion.builders.model import SDES, sde
 from sde_diffusion.builders.shared import accepted, block_errors, named, options, positive
 from sde_diffusion.config import UsageError
-from sde_diffusion.correctors import AnnealedLangevin, Corrector, Langevin
+from sde_diffusion.correctors import CORRECTORS, SNR, Corrector
 from sde_diffusion.devices import choose_precision
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.ode import (
@@ -148,14 +148,14 @@ def predictor(config: ConfigDict, model: ScoreModel | None = None) -> Predictor:
 def correctors(config: ConfigDict) -> tuple[Corrector, ...]:
     """The correctors of the predictor-corrector sampler: one or none."""
     block = config.sampling
-    table: dict[str, Callable[[], tuple[Corrector, ...]]] = {
-        "none": lambda: (),
-        "langevin": lambda: (Langevin(block.snr, block.corrector_steps),),
-        "annealed_langevin": lambda: (AnnealedLangevin(block.snr, block.corrector_steps),),
-    }
-    make = named("sampling.corrector", block.corrector, table)
+    if block.corrector == "none":
+        return ()
+    make = named("sampling.corrector", block.corrector, {**CORRECTORS, "none": None})
+    assert make is not None
     with block_errors("sampling"):
-        return make()
+        SNR(block.snr)  # says what is wrong
+        # By Song's rule a step for a score that is all noise has the size 2 snr^2 variance: so it has for all names.
+        return (make(2 * block.snr**2, block.corrector_steps),)
 
 
 def sampling_precision(config: ConfigDict, device: torch.device) -> torch.dtype:

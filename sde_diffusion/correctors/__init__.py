@@ -17,6 +17,7 @@ Renoise                that of its predictor                        predictor's
 from sde_diffusion.correctors.energy import LogRatio
 from sde_diffusion.correctors.langevin import SGLD, AnnealedLangevin, Langevin, langevin_step
 from sde_diffusion.correctors.metropolis import MALA, Barker
+from sde_diffusion.correctors.names import CORRECTORS, corrector_named
 from sde_diffusion.correctors.preconditioned import PreconditionedSGLD
 from sde_diffusion.correctors.protocol import (
     Chain,
