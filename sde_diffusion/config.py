@@ -213,8 +213,9 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "ancestral_variance": Key("small", "ancestral: small or large"),
         "eta": Key(0.0, "ddim: 0 (deterministic) to 1"),
         "corrector": Key(
-            "langevin", "pc: langevin, langevin_original, annealed_langevin, sgld, sgld_decaying, psgld,
-            underdamped, sghmc, mala, " "barker, tamed, implicit, renoise or none",
+            "langevin",
+            "pc: langevin, langevin_original, annealed_langevin, sgld, sgld_decaying, psgld, underdamped, "
+            "sghmc, mala, barker, tamed, implicit, renoise or none",
         ),
         "corrector_steps": Key(1, "pc: corrector steps per predictor step"),
         "snr": Key(0.16, "pc: signal-to-noise ratio of a corrector step, of size 2 snr² sigma²"),
