@@ -283,6 +283,32 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "test_images": Key(None, "the first so many test images; none: all", int),
         "batch_size": Key(1024, "states at a time; it does not change the result"),
     },
+    "compare": {
+        "targets": Key(
+            ("ring", "grid", "gaussian", "funnel"),
+            "ring, grid, gaussian, funnel, and folders of runs (with a slash)",
+        ),
+        "evaluations": Key((20, 50, 200, 1000), "per sample"),
+        "correctors": Key(
+            (
+                "langevin",
+                "sgld",
+                "psgld",
+                "underdamped",
+                "sghmc",
+                "mala",
+                "barker",
+                "tamed",
+                "implicit",
+                "renoise",
+            ),
+            "names as of sampling.corrector",
+        ),
+        "ratios": Key((0.02, 0.1, 0.4), "step sizes, in units of the variance of the noise"),
+        "samples": Key(1024, "of every arm"),
+        "budget": Key(15.0, "minutes after which nothing more is begun"),
+        "jobs": Key(2, "processes"),
+    },
     "report": {
         "pc": Key(True, "a sample grid by predictor-corrector"),
         "ode": Key(True, "a sample grid by the probability-flow ODE"),

@@ -23,6 +23,7 @@ from torch import nn
 from sde_diffusion import bound_report, build, evaluation, likelihood_report, pictures
 from sde_diffusion.build import DataInfo
 from sde_diffusion.checkpoint import CheckpointError
+from sde_diffusion.compare.job import compare_job
 from sde_diffusion.config import UsageError, changed
 from sde_diffusion.data import from_model
 from sde_diffusion.imported import IMPORTED, import_config, read_source, write_imported
@@ -366,6 +367,7 @@ JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "sample": sample_job,
     "likelihood": likelihood_job,
     "bound": bound_job,
+    "compare": compare_job,
     "import": import_job,
 }
 """The jobs by the name of their mode."""

@@ -1,5 +1,5 @@
-"""The command line: ``python -m sde_diffusion.run --mode train|sample|likelihood|bound|import ...``; ``--help``
-says the rest.
+"""The command line: ``python -m sde_diffusion.run --mode train|sample|likelihood|bound|compare|import ...``;
+``--help`` says the rest.
 
 Thin: it reads flags into a config and calls one of :mod:`sde_diffusion.jobs`. Exit status: 0, or 1 when
 training diverged or an evaluation failed, 2 when what was asked for makes no sense (nothing has been done),
@@ -22,6 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sde_diffusion.checkpoint import CheckpointError
+from sde_diffusion.compare.job import FOLDER as COMPARISON
 from sde_diffusion.config import UsageError, config_keys, default_config, load_config, set_key, unknown_key
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.imported import import_config
@@ -128,6 +129,8 @@ def _run(arguments: list[str]) -> int:
         config = load_config(source)
     elif mode == "train":
         config = default_config()
+    elif mode == "compare":  # of a run or of none: its folder is that of the report
+        config, folder = default_config(), folder or COMPARISON
     else:
         folder = folder or f"runs/{_file_name(overrides.get('data.name') or default_config().data.name)}"
         Workdir(folder).require_run()

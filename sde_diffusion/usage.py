@@ -20,6 +20,8 @@ MODE
   likelihood   evaluates bits/dim of test and training data: likelihood.csv (each image), likelihood.png
   bound        evaluates the variational bound term by term, beside its limit in continuous time and the
                likelihood by the ODE: bound.csv (each term), bound.png
+  compare      predictors and correctors at equal numbers of evaluations, on targets known exactly and on runs
+               (compare.targets): report.html, results.json in DIR (runs/correctors); the same command goes on
   import       makes DIR the run of a published model, for the modes above and sde_diffusion.load:
     --source PATH_OR_REPO           its file or folder, or owner/name on the Hugging Face hub
     --workdir DIR                   where it goes; must hold no other run
@@ -50,6 +52,7 @@ Examples
   python -m sde_diffusion.run --mode sample --config.sampling.n=1000 --config.sampling.method=ode
   python -m sde_diffusion.run --mode sample --workdir runs/digits_ve --config.sampling.predictor=ddim
   python -m sde_diffusion.run --mode likelihood --workdir runs/digits --config.likelihood.dequantizations=4
+  python -m sde_diffusion.run --mode compare --config.compare.budget=3
   python -m sde_diffusion.run --mode import --source checkpoint_8.pth --workdir runs/cifar10_ve
 
 Exit status

@@ -32,7 +32,7 @@ from sde_diffusion.training_settings import MAY_CHANGE
 
 __all__ = ["RESUMABLE_CHANGES", "Workdir", "environment"]
 
-_BLOCKS = ("sampling", "likelihood", "bound", "report", "device")
+_BLOCKS = ("sampling", "likelihood", "bound", "report", "compare", "device")
 RESUMABLE_CHANGES = (*_BLOCKS, *(f"training.{key}" for key in MAY_CHANGE))
 """Blocks and keys of a config that may differ when a run is resumed."""
 

@@ -26,7 +26,7 @@ EDGE = (
     "imported",
     "runs",
     "evaluation",
-    "likelihood_report bound_report",
+    "likelihood_report bound_report compare",
     "jobs",
     "run",
 )

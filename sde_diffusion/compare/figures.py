@@ -93,7 +93,8 @@ def families(results: dict[str, Any], path: Path, score: str = "exact") -> Path:
             "evaluations per sample",
             "energy distance to the target" if axes is panels[0] else "",
         )
-    panels[0].legend(fontsize=7, framealpha=0.8)
+    if panels[0].get_legend_handles_labels()[0]:
+        panels[0].legend(fontsize=7, framealpha=0.8)
     return write(figure, path, f"best of each family, {score} score")
 
 
@@ -183,10 +184,12 @@ def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Pat
     return write(figure, path, f"{chosen.title}, {nfe} evaluations: best of P, PC, C, and the worst")
 
 
-def stationarity(results: dict[str, Any], path: Path) -> Path:
+def stationarity(results: dict[str, Any], path: Path) -> Path | None:
     """The drift of chains that begin in p_t, in nats of the mean log-density, by corrector and step size."""
     chains, settings = results["chains"], results["settings"]
     names = [n for n in settings["targets"] if any(c["target"] == n for c in chains)]
+    if not names:
+        return None
     figure, panels = _panels(len(names), width=3.2, height=3.6)
     for axes, name in zip(panels, names, strict=True):
         for k, ratio in enumerate(settings["ratios"]):
@@ -213,15 +216,17 @@ def stationarity(results: dict[str, Any], path: Path) -> Path:
         )
         axes.invert_yaxis()
         axes.tick_params(axis="x", labelsize=6)
-    if names:
+    if names and chains:
         panels[0].legend(fontsize=6)
     return write(figure, path, "chains started in p_t (t = 0.2): zero for a chain without bias")
 
 
-def autocorrelation(results: dict[str, Any], path: Path, ratio: float) -> Path:
+def autocorrelation(results: dict[str, Any], path: Path, ratio: float) -> Path | None:
     """How fast chains forget, by lag."""
     chains, settings = results["chains"], results["settings"]
     names = [n for n in settings["targets"] if any(c["target"] == n for c in chains)]
+    if not names:
+        return None
     figure, panels = _panels(len(names), height=2.9)
     for axes, name in zip(panels, names, strict=True):
         for c in chains:

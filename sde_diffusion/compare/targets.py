@@ -114,7 +114,7 @@ def _of_diagonal(
     modes: bool = False,
     basis: Tensor | None = None,
 ) -> Target:
-    weights, sde = (weights / weights.sum()).double(), VP()
+    weights, sde = weights.double() / weights.double().sum(), VP()
     means, variances = means.double(), variances.double()
     turn = torch.eye(means.shape[1], dtype=torch.float64) if basis is None else basis
     mixture = GaussianMixture(weights, means @ turn, turn.T @ torch.diag_embed(variances) @ turn)
