@@ -99,7 +99,7 @@ def test_sde_keys_are_the_sdes():
         ("steps", "did you mean 'sde.steps' or 'training.steps' or 'sampling.steps' or 'bound.steps'?"),
         ("sde.sigma", "allowed: sde.beta_max, sde.beta_min"),
         ("learning_rat", "did you mean 'training.learning_rate'?"),
-        ("qqq", "allowed: bound.*, data.*, device, likelihood.*"),
+        ("qqq", "allowed: bound.*, compare.*, data.*, device, likelihood.*"),
         ("training", "'training' is a block of keys; set one of them: training.accumulate, "),
     ],
 )

@@ -25,7 +25,7 @@ CELL_SECONDS = 1200  # for one cell on a machine with much else to do
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
 # The fewest pictures, and printed numbers with the range that what the text says allows. The notebooks assert
 # some of this themselves; here it is seen that the lines are there.
-PICTURES = {"quickstart": 7, "ddpm_is_an_sde": 6}
+PICTURES = {"quickstart": 7, "ddpm_is_an_sde": 6, "correctors": 5}
 CLAIMS: dict[str, dict[str, tuple[float, float]]] = {
     "quickstart": {
         rf"KL\(data \|\| samples\) is at most {NUMBER} nats": (0.0, 0.15),
@@ -42,6 +42,18 @@ CLAIMS: dict[str, dict[str, tuple[float, float]]] = {
         rf"P, 50 steps +51 evaluations, energy distance +{NUMBER}": (-0.01, 0.01),
         rf"V[PE] +energy distance +{NUMBER}": (-0.01, 0.01),
         rf"mean \|log q - log p\| = {NUMBER} nats": (0.0, 0.02),
+    },
+    "correctors": {
+        rf"SGLD with eta = 0.8: variance {NUMBER}": (1.6, 1.73),
+        rf"MALA with eta = 0.8: variance {NUMBER}": (0.96, 1.04),
+        rf"BAOAB with eta = 0.8: variance {NUMBER}": (0.96, 1.04),
+        rf"change their mode in the last 100 steps: {NUMBER}": (0.0, 0.003),
+        rf"wrong weights of the modes after 200 steps: {NUMBER}": (0.15, 0.3),
+        rf"8 of 8 components: further than 1 from every mode {NUMBER}": (0.0, 0.03),
+        rf"2 of 8 components: further than 1 from every mode {NUMBER}": (0.2, 0.6),
+        rf"steps: {NUMBER} at the data": (0.0, 0.003),
+        rf"at the data, {NUMBER} in the noise": (0.7, 0.95),
+        rf"(?:alone|both)[^:]*evaluations: wrong weights {NUMBER}": (0.0, 0.1),
     },
     "ddpm_is_an_sde": {
         rf"largest relative change of a beta: {NUMBER}": (0.0, 1e-11),
