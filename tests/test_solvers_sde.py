@@ -230,13 +230,14 @@ def test_moments_converge_at_the_stated_order(name: str, predictor: sd.SDEDPMSol
     assert predictor.convergence - 0.15 < slope(sizes, errors) < high, errors
 
 
-def test_the_last_steps_of_a_uniform_grid_do_not_extrapolate() -> None:
+@pytest.mark.parametrize("solver", [sd.SASolver, sd.SDEDPMSolverPP])
+def test_the_last_steps_of_a_uniform_grid_do_not_extrapolate(solver: type) -> None:
     """The mistake: a parabola through rough values, 30 times as far as they lie apart, at every length of a run."""
     sde, data = SDES["vp"], gaussian_2d()
     times = sd.uniform_times(sde, 100)
 
     def error(**options) -> float:
-        _, covariance = run_moments(sd.SASolver(3, **options), sde, data, times)
+        _, covariance = run_moments(solver(order=3, **options), sde, data, times)
         return float((covariance - marginal_moments(data, sde, times[-1])[1]).abs().max())
 
     assert error() < 0.03
@@ -547,6 +548,17 @@ def test_a_restart_is_the_forward_kernel_and_the_solver_again() -> None:
                 x = sd.DDIM().step(sde, score, ratio * x + var.sqrt() * z, high, low, still)
     assert_close(ours.x, x, rtol=1e-9, atol=1e-9)
     assert ours.nfe == 8 + 2
+
+
+def test_a_restart_goes_down_the_levels_of_karras() -> None:
+    sde, times = sd.VP(), sd.uniform_times(sd.VP(), 6, 0.05)
+    score = CallCounter(mixture_2d().score(sde))
+    low, high = float(sde.sigma(times[-1]) / sde.alpha(times[-1])), 2.0
+    restart = sd.Restart(sd.DDIM(), (sd.RestartInterval(low, high, steps=4),))
+    sd.sample(sde, score, (1, 2), predictor=restart, times=times, denoise=False, dtype=torch.float64)
+    levels = torch.stack([(-0.5 * sde.log_snr(t)).exp() for t in score.times[6:]]).flatten()
+    want = [(high ** (1 / 7) + i / 4 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for i in range(4)]
+    assert_close(levels, times64(*want), rtol=1e-8, atol=0)
 
 
 def test_restarts_contract_the_errors_made_before() -> None:
