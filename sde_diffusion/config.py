@@ -193,22 +193,37 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "t_end": Key(None, "pc and ode by heun: last time; none: sde.t_min", float),
         "predictor": Key(
             "reverse_diffusion",
-            "pc: reverse_diffusion, euler_maruyama, ancestral, learned_variance; without noise ddim, edm_heun, rk4, "
-            "dpm_solver++, unipc, deis, ipndm, or flow (sampling.solver between the times)",
+            "pc: reverse_diffusion, euler_maruyama, ancestral, learned_variance, sde_dpm_solver++, sa_solver, "
+            "adaptive_sde, restart, torchsde; without noise ddim, edm_heun, rk4, dpm_solver++, unipc, deis, ipndm, "
+            "or flow (sampling.solver between the times)",
         ),
-        "solver_order": Key(None, "dpm_solver++, unipc, deis, ipndm: order; none: the usual one", int),
-        "solver_method": Key(None, "dpm_solver++: multistep (none) or singlestep", str),
+        "solver_order": Key(
+            None,
+            "dpm_solver++, unipc, deis, ipndm, sde_dpm_solver++, sa_solver: order; none: the usual one",
+            int,
+        ),
+        "solver_method": Key(
+            None,
+            "dpm_solver++: multistep (none) or singlestep; torchsde: its method, such as srk (none) or euler",
+            str,
+        ),
         "variant": Key(None, "unipc: bh2 (none) or bh1", str),
         "variable": Key(None, "deis: polynomials in log_rho (none), rho or time", str),
         "lower_order_final": Key(
-            None, "dpm_solver++, unipc, deis: last steps of lower order; none: in runs of few steps", bool
+            None, "multistep solvers: last steps of lower order; none: as each has it", bool
         ),
         "stochasticity": Key(
-            None, "euler_maruyama, reverse_diffusion: noise, from 0 (the ODE) over 1 (none) to more", float
+            None, "of solvers of the SDE: noise, from 0 (the ODE) over 1 (none) to more", float
+        ),
+        "sde_rtol": Key(None, "adaptive_sde, torchsde: relative tolerance; none: theirs", float),
+        "sde_atol": Key(None, "adaptive_sde, torchsde: absolute tolerance; none: theirs", float),
+        "adaptive": Key(None, "torchsde: adaptive steps; none: no", bool),
+        "restart": Key(
+            None, "restart: (low,high,iterations,steps) in sigma / alpha; none: (0.06,0.3,2,3)", tuple
         ),
         "churn": Key(None, "edm_heun: S_churn; none: 0", float),
-        "s_min": Key(None, "edm_heun: smallest sigma / alpha with churn", float),
-        "s_max": Key(None, "edm_heun: largest sigma / alpha with churn", float),
+        "s_min": Key(None, "edm_heun, sa_solver: smallest sigma / alpha with churn or noise", float),
+        "s_max": Key(None, "edm_heun, sa_solver: largest sigma / alpha with churn or noise", float),
         "s_noise": Key(None, "edm_heun: S_noise; none: 1", float),
         "ancestral_variance": Key("small", "ancestral: small or large"),
         "eta": Key(0.0, "ddim: 0 (deterministic) to 1"),

@@ -15,11 +15,12 @@ from sde_diffusion import build
 from sde_diffusion.config import UsageError, changed, set_key
 
 PLANE = build.DataInfo("moons", (2,), None, None)
-# Those without noise go with every grid; "learned_variance" needs a model of its own, see test_chain_training.
-PREDICTORS = [name for name in build.PREDICTORS if name != "learned_variance"]
+# "learned_variance" needs a model of its own, see test_chain_training, and "restart" a grid that is fine enough.
+PREDICTORS = [name for name in build.PREDICTORS if name not in ("learned_variance", "restart")]
 CORRECTORS = ("none", "langevin")
 SDES = ("vp", "subvp", "ve", "cosine", "ddpm")
 GRIDS = ("uniform", "quadratic", "log_snr", "karras", "list")
+AGAIN = sd.RestartInterval(0.1, 1.0, 3, 4)
 PRODUCT = list(itertools.product(SDES, PREDICTORS, GRIDS, CORRECTORS))
 
 
@@ -65,6 +66,14 @@ def test_some_combinations_sample(case: tuple[str, str, str, str]) -> None:
     assert x.shape == (4, 2) and bool(torch.isfinite(x).all())
 
 
+@pytest.mark.parametrize("process", SDES)
+def test_restarts_sample_and_refuse_a_grid_that_is_too_coarse(process: str) -> None:
+    options = {"sde.name": process, "predictor": "restart", "grid": "log_snr", "corrector": "none"}
+    assert bool(torch.isfinite(run(config(**options, steps=20))).all())
+    with pytest.raises(ValueError, match="a restart from 0.06 to 0.3 does not fit the grid"):
+        run(config(**options, steps=2, t_end=0.5))
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -78,6 +87,12 @@ def test_some_combinations_sample(case: tuple[str, str, str, str]) -> None:
         ({"predictor": "deis", "variable": "time"}, sd.DEIS(variable="time")),
         ({"predictor": "ipndm", "solver_order": 2}, sd.IPNDM(2)),
         ({"predictor": "euler_maruyama", "stochasticity": 0.5}, sd.EulerMaruyama(0.5)),
+        ({"predictor": "sde_dpm_solver++", "solver_order": 3}, sd.SDEDPMSolverPP(3)),
+        ({"predictor": "sa_solver", "s_max": 5.0}, sd.SASolver(s_max=5.0)),
+        ({"predictor": "adaptive_sde", "sde_rtol": 0.05}, sd.AdaptiveSDE(rtol=0.05)),
+        ({"predictor": "restart"}, sd.Restart()),
+        ({"predictor": "restart", "restart": (0.1, 1.0, 3, 4)}, sd.Restart(intervals=(AGAIN,))),
+        ({"predictor": "torchsde", "solver_method": "euler", "adaptive": False}, sd.TorchSDE("euler")),
         ({"predictor": "flow", "rtol": 1e-2}, sd.FlowSolver(sd.DormandPrince(1e-2, 1e-3))),
         ({"predictor": "flow", "solver": "bosh3"}, sd.FlowSolver(sd.TorchDiffEq("bosh3", 1e-3, 1e-3))),
     ],
@@ -104,6 +119,9 @@ def test_solvers_of_torchdiffeq() -> None:
         ({"grid": "optimal"}, "'optimal' is for predictors without noise.*not 'reverse_diffusion'"),
         ({"method": "ode", "solver": "heun", "grid": "optimal"}, "'optimal' is for sampling.method 'pc'"),
         ({"solver": "dopri6", "method": "ode"}, "unknown sampling.solver 'dopri6'; did you mean"),
+        ({"predictor": "restart", "restart": (0.1, 1.0)}, r"restart must be \(low, high, iterations, steps\), got"),
+        ({"predictor": "restart", "restart": (2.0, 1.0, 1, 1)}, "config.sampling: a restart needs 0 < low < high"),
+        ({"predictor": "ddim", "sde_rtol": 0.1}, "sde_rtol=0.1 is not for .* 'ddim', but for adaptive_sde, torchsde"),
         ({"threshold": "soft"}, "config.sampling: unknown thresholding 'soft'"),
         ({"threshold": "static", "threshold_bound": -1.0}, "config.sampling: the bound must be positive, got -1.0"),
         ({"sde": "learned"}, "unknown sampling.sde 'learned'"),

@@ -32,6 +32,7 @@ from sde_diffusion.predictors import (
     DEIS,
     IPNDM,
     RK4,
+    AdaptiveSDE,
     Ancestral,
     DPMSolverPP,
     EDMHeun,
@@ -39,7 +40,12 @@ from sde_diffusion.predictors import (
     FlowSolver,
     LearnedVariance,
     Predictor,
+    Restart,
+    RestartInterval,
     ReverseDiffusion,
+    SASolver,
+    SDEDPMSolverPP,
+    TorchSDE,
     UniPC,
     is_stochastic,
 )
@@ -93,6 +99,15 @@ def _flow() -> Predictor:
     raise AssertionError("made by predictor(), which knows the solver")
 
 
+def _restart(restart: tuple[float, ...] | None = None) -> Predictor:
+    if restart is None:
+        return Restart()
+    if len(restart) != 4:
+        raise ValueError(f"restart must be (low, high, iterations, steps), got {restart!r}")
+    low, high, iterations, steps = restart
+    return Restart(intervals=(RestartInterval(low, high, int(iterations), int(steps)),))
+
+
 PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "reverse_diffusion": ReverseDiffusion,
     "euler_maruyama": EulerMaruyama,
@@ -106,6 +121,11 @@ PREDICTORS: dict[str, Callable[..., Predictor]] = {
     "deis": DEIS,
     "ipndm": IPNDM,
     "flow": _flow,
+    "sde_dpm_solver++": SDEDPMSolverPP,
+    "sa_solver": SASolver,
+    "adaptive_sde": AdaptiveSDE,
+    "restart": _restart,
+    "torchsde": TorchSDE,
 }
 _PREDICTOR_OPTIONS = {
     "variance": "ancestral_variance",
@@ -120,6 +140,10 @@ _PREDICTOR_OPTIONS = {
     "s_min": "s_min",
     "s_max": "s_max",
     "s_noise": "s_noise",
+    "rtol": "sde_rtol",
+    "atol": "sde_atol",
+    "adaptive": "adaptive",
+    "restart": "restart",
 }
 
 
