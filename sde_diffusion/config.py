@@ -240,6 +240,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             "float32",
             "of the network: float32, bfloat16, or auto: bfloat16 where the device has it, faster and coarser",
         ),
+        "compile": Key(False, "pc: compile the score; pays on GPUs, and needs a C++ compiler on CPUs"),
         "solver": Key(
             "dopri5",
             "ode: dopri5 (adaptive, each sample by itself), heun (fixed steps), or a method of torchdiffeq: "

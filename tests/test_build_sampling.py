@@ -141,6 +141,20 @@ def test_another_process_gives_the_same_samples(name: str) -> None:
     assert float(apart) < 0.05, f"{name}: the median sample moved by {float(apart)}"
 
 
+def test_the_score_is_compiled_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def stand_in(score: sd.Score) -> sd.Score:
+        compiled.append(score)
+        return score
+
+    monkeypatch.setattr(torch, "compile", stand_in)
+    run(config(steps=2))
+    assert not compiled
+    run(config(steps=2, compile=True))
+    assert len(compiled) == 1
+
+
 def test_thresholds_hold() -> None:
     free = run(config(steps=20), 100)
     assert float(free.abs().max()) > 1.5

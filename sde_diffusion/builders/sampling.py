@@ -260,6 +260,7 @@ class PCSampler:
     denoise: bool
     changes: ScoreChanges = ScoreChanges()
     optimal: bool = False
+    compile: bool = False
 
     def calibrated(self, sde: SDE, score: Score, shape: Sequence[int], **where: Any) -> PCSampler:
         """Itself, with a grid made for this score where one is wanted; ``shape`` is that of the calibration batch."""
@@ -289,6 +290,7 @@ class PCSampler:
             times=self.times,
             order=self.order,
             denoise=self.denoise,
+            compile=self.compile,
             **where,
         )
 
@@ -372,7 +374,14 @@ def sampler(
             )
         grid = times(config, block.steps, model)
         return PCSampler(
-            way, correctors(config), grid, block.order, block.denoise, _score_changes(config), optimal
+            way,
+            correctors(config),
+            grid,
+            block.order,
+            block.denoise,
+            _score_changes(config),
+            optimal,
+            block.compile,
         )
 
     table: dict[str, Callable[[], PCSampler | ODESampler]] = {"pc": pc, "ode": ode}
