@@ -58,6 +58,8 @@ class Thresholded:
     def _within(self, data: Tensor) -> Tensor:
         if self.kind == "static":
             return data.clamp(-self.bound, self.bound)
-        largest = torch.quantile(data.abs().flatten(1), self.quantile, dim=1).clamp_min(self.bound)
+        # A sample at a time: torch.quantile takes at most 2^24 values.
+        sizes = [torch.quantile(sample.abs().flatten(), self.quantile) for sample in data]
+        largest = torch.stack(sizes).clamp_min(self.bound)
         c = expand(largest, data)
         return torch.where(c > self.bound, data.clamp(-c, c) * (self.bound / c), data.clamp(-c, c))
