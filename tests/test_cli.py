@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sde_diffusion import evaluation, run
+from sde_diffusion import evaluation, likelihood_report, run
 from sde_diffusion.checkpoint import read_checkpoint
 from sde_diffusion.config import config_keys, default_config
 from sde_diffusion.runs import load
@@ -96,7 +96,8 @@ def test_the_examples_of_the_help_are_understood(capsys, monkeypatch):
     for words in examples:
         assert run.main(words.split()) == 0, words
     assert [str(folder) for _, folder in seen] == [
-        "runs/digits", "runs/digits_ve", "runs/digits", "runs/digits_ve", "runs/digits", "runs/cifar10_ve",
+        "runs/digits", "runs/digits_ve", "runs/digits", "runs/digits_ve", "runs/digits", "runs/correctors",
+        "runs/cifar10_ve",
     ]  # fmt: skip
     assert seen[1][0].sde.name == "ve"
     assert seen[1][0].training.steps == 3000
@@ -257,7 +258,7 @@ def test_a_failed_evaluation_loses_nothing(tmp_path, capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("no\nluck")
 
-    monkeypatch.setattr(evaluation, "likelihood", broken)
+    monkeypatch.setattr(likelihood_report, "likelihood", broken)
     changes = NO_REPORT | {"report.likelihood": True, "report.pc": True}
     assert command("train", tmp_path / "run", **keywords(changes)) == 1
     report = metrics(tmp_path / "run")
@@ -503,7 +504,7 @@ def test_an_interrupted_evaluation_is_no_error(tmp_path, capsys, monkeypatch, nu
         os.kill(os.getpid(), number)
         time.sleep(5)
 
-    monkeypatch.setattr(evaluation, "likelihood", interrupted)
+    monkeypatch.setattr(likelihood_report, "likelihood", interrupted)
     before = signal.getsignal(signal.SIGTERM)
     words = arguments("train", tmp_path / "run", **keywords(NO_REPORT | {"report.likelihood": True}))
     # A shell starts what runs in the background with Ctrl-C ignored, and that may be these tests.

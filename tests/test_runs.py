@@ -168,7 +168,9 @@ def test_images_that_are_none(digits):
         run.bits_per_dim(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"x must have the shape \(B, 1, 8, 8\), got \(2, 8, 8\)"):
         run.bits_per_dim(torch.zeros(2, 8, 8, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="levels must lie in 0 .. 16"):
+    with pytest.raises(
+        ValueError, match="images must hold grey levels 0 .. 16; images 0, 1 hold others, such as 17"
+    ):
         run.bits_per_dim(torch.full((2, 1, 8, 8), 17, dtype=torch.uint8))
 
 

@@ -20,8 +20,8 @@ def settings_of(config: ConfigDict) -> Settings:
     Raises:
         UsageError: what is wrong with them.
     """
-    block = config.compare.to_dict()
-    for key in ("targets", "correctors"):  # a,b on a command line is one string
+    block = {key: value for key, value in config.compare.to_dict().items() if value is not None}
+    for key in {"targets", "correctors"} & set(block):  # a,b on a command line is one string
         block[key] = tuple(name.strip() for text in block[key] for name in text.split(",") if name.strip())
     try:
         return Settings(**block, seed=config.seed)
