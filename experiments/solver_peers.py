@@ -26,7 +26,7 @@ class Peer:
     """A solver of another library, and ours for the same task.
 
     Attributes:
-        library: its name.
+        package: the other library.
         name: of the solver.
         sde: ours.
         predictor: ours.
@@ -35,7 +35,7 @@ class Peer:
         run: (score of our SDE, initial state, steps) -> samples by the other.
     """
 
-    library: str
+    package: str
     name: str
     sde: sd.SDE
     predictor: sd.Predictor

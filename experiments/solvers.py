@@ -338,7 +338,7 @@ def overhead(repeats: int, steps: int = 50) -> str:
         mine, others = statistics.median(a[1:]) / steps, statistics.median(b[1:]) / steps
         spread = f"{ratios[len(ratios) // 4]:.2f} to {ratios[-1 - len(ratios) // 4]:.2f}"
         ratio = f"{statistics.median(ratios):.2f} ({spread})"
-        lines.append(f"| {peer.name} | {peer.library} | {others:.3f} | {mine:.3f} | {ratio} |")
+        lines.append(f"| {peer.name} | {peer.package} | {others:.3f} | {mine:.3f} | {ratio} |")
     sde = sd.VP()
     lines += ["", "Median and quartiles of runs of both in turn.", "", share(sde, x, steps, repeats)]
     return "\n".join(lines)
@@ -367,7 +367,7 @@ def compare(n: int, budgets: tuple[int, ...]) -> str:
             gap = "other noise" if stochastic else f"{float((theirs - ours.x).abs().max()):.1e}"
             theirs_found, ours_found = (f"{e.value:.4f} ± {e.standard_error:.4f}" for e in (a, b))
             lines.append(
-                f"| {peer.name} | {peer.library} | {ours.nfe} | {theirs_found} | {ours_found} | {gap} |"
+                f"| {peer.name} | {peer.package} | {ours.nfe} | {theirs_found} | {ours_found} | {gap} |"
             )
             print(lines[-1], flush=True)
     return "\n".join(lines)
