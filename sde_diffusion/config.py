@@ -120,6 +120,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "resampling": Key("strided", "unet: strided or resampled"),
         "groups": Key(32, "unet: at most so many groups in GroupNorm"),
         "coordinates": Key(False, "unet: add pixel coordinates to the input"),
+        "unshuffle": Key(1, "unet: squares of so many pixels a side become channels: cheaper"),
         "checkpointing": Key(False, "unet, dit: save memory by recomputing activations"),
         "skip_rescale": Key(False, "unet: divide residual sums by sqrt(2)"),
         "width": Key(128, "dit, mlp: hidden width"),

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion.networks.attention import attend_channels, attend_tokens
 from sde_diffusion.networks.checks import positive_int, probability
+from sde_diffusion.networks.convolution import Conv3x3
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -82,9 +83,9 @@ class ResBlock(nn.Module):
         self.modulation_features = 2 * out_channels if scale_shift else out_channels
         self.resampler = resampler
         self.norm1 = group_norm(in_channels, groups, eps, min_group_size)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = group_norm(out_channels, groups, eps, min_group_size)
-        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zero_init(Conv3x3(out_channels, out_channels))
         plain_skip = in_channels == out_channels and not project_skip
         self.skip = nn.Identity() if plain_skip else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -215,7 +216,7 @@ class StridedUpsample(nn.Module):
 
     def __init__(self, channels: int, out_channels: int | None = None) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1)
+        self.conv = Conv3x3(channels, out_channels or channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return repeat_and_convolve(x, self.conv)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from sde_diffusion.networks.blocks import ResBlock, SelfAttention, checkpointed, group_norm, zero_init
 from sde_diffusion.networks.checks import check_input, positive_int
+from sde_diffusion.networks.convolution import Conv3x3
 from sde_diffusion.networks.embeddings import ConditionEmbedding, Modulations
 
 
@@ -62,6 +63,7 @@ class LevelUNet(nn.Module):
         groups, eps, min_group_size: of the last GroupNorm, see :func:`group_norm`.
         checkpointing: recompute activations in the backward pass in training mode.
         labels_needed: refuse calls without labels y: the network has no null class.
+        out_kernel: side of the last convolution, 3 or 1.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class LevelUNet(nn.Module):
         min_group_size: int = 4,
         checkpointing: bool = False,
         labels_needed: bool = False,
+        out_kernel: int = 3,
     ) -> None:
         super().__init__()
         self.labels_needed = labels_needed
@@ -121,7 +124,8 @@ class LevelUNet(nn.Module):
                 self.upsamplers.append(level.upsample(h))
                 order.append(self.upsamplers[-1])
         self.norm_out = group_norm(h, groups, eps, min_group_size)
-        self.conv_out = zero_init(nn.Conv2d(h, out_channels, 3, padding=1))
+        last = Conv3x3(h, out_channels) if out_kernel == 3 else nn.Conv2d(h, out_channels, out_kernel)
+        self.conv_out = zero_init(last)
 
         self.condition = condition
         blocks = [m for part in order for m in part.modules() if isinstance(m, ResBlock)]

@@ -42,8 +42,8 @@ class UNet(LevelUNet):
     ``blocks_per_level + 1`` per level, each of which also takes one of the encoder's results. The last layer
     starts at zero, and so does each residual branch, so a new network computes zero.
 
-    Any height and width: an image whose sides are not multiples of ``2^(levels - 1)`` is padded by zeros at
-    the bottom and right, and the result cut back.
+    Any height and width: an image whose sides are not multiples of ``2^(levels - 1) unshuffle`` is padded by zeros
+    at the bottom and right, and the result cut back.
 
     In evaluation mode the network may be differentiated in any way (``torch.func.jvp``, batched vjps, twice);
     in training mode attention uses the fused kernels, which have first derivatives only.
@@ -80,6 +80,9 @@ class UNet(LevelUNet):
         checkpointing: recompute activations in the backward pass in training mode: less memory, one more
             forward pass.
         skip_rescale: divide residual sums by sqrt(2) (Song et al. 2021).
+        unshuffle: squares of so many pixels become the channels of one position, and the last layer, then a 1x1
+            convolution, gives all of theirs (Hoogeboom et al. 2023, "simple diffusion", sec. 3.3): the finest
+            level has ``1 / unshuffle^2`` of the positions, at as much of the cost. 1 for none.
 
     Attributes:
         config: the arguments above, so that ``UNet(**net.config)`` is a network of the same kind.
@@ -112,6 +115,7 @@ class UNet(LevelUNet):
         coordinates: bool = False,
         checkpointing: bool = False,
         skip_rescale: bool = False,
+        unshuffle: int = 1,
     ) -> None:
         config = constructor_arguments(UNet, locals())
         positive_int("channels", channels)
@@ -144,9 +148,11 @@ class UNet(LevelUNet):
             levels.append(Level(width, make, make, *RESAMPLINGS[resampling]))
         condition = 4 * channels if embedding_channels is None else embedding_channels
         features = make_embedding(embedding, channels + channels % 2, embedding_scale)
+        outputs = in_channels if out_channels is None else positive_int("out_channels", out_channels)
+        area = positive_int("unshuffle", unshuffle) ** 2
         super().__init__(
-            in_channels=feature_channels(in_channels, fourier, coordinates),
-            out_channels=in_channels if out_channels is None else positive_int("out_channels", out_channels),
+            in_channels=feature_channels(in_channels, fourier, coordinates) * area,
+            out_channels=outputs * area,
             stem_channels=channels,
             levels=levels,
             blocks_per_level=blocks_per_level,
@@ -154,8 +160,11 @@ class UNet(LevelUNet):
             condition=ConditionEmbedding(features, condition, num_classes),
             groups=groups,
             checkpointing=checkpointing,
+            out_kernel=3 if unshuffle == 1 else 1,
         )
+        self.multiple *= unshuffle
         self.config = config
+        self.unshuffle = unshuffle
         self.in_channels = in_channels
         self.input_fourier = fourier
         self.coordinates = coordinates
@@ -174,7 +183,12 @@ class UNet(LevelUNet):
         """
         check_input(x, 4, self.in_channels, "(B, C, H, W)")
         height, width = x.shape[2:]
-        h = self.through_levels(self._features(x), self.condition(c, y, x.shape[0]))
+        features = self._features(x)
+        if self.unshuffle > 1:
+            features = F.pixel_unshuffle(features, self.unshuffle)
+        h = self.through_levels(features, self.condition(c, y, x.shape[0]))
+        if self.unshuffle > 1:
+            h = F.pixel_shuffle(h, self.unshuffle)
         return h[:, :, :height, :width].to(x.dtype)
 
     def _features(self, x: Tensor) -> Tensor:
