@@ -58,10 +58,29 @@ def test_padding_is_zeros_at_the_bottom_and_right() -> None:
     torch.testing.assert_close(net(x, c), net(padded, c)[:, :, :6, :5])
 
 
+def test_unshuffled_squares_are_channels() -> None:
+    """A network on squares of 2 x 2 pixels is the same network on the four images of every second pixel."""
+    net = small_unet(unshuffle=2, out_channels=3).eval()
+    x, c = inputs(2, 2, 8, 12)
+    quarters = torch.stack([x[:, :, i::2, j::2] for i in range(2) for j in range(2)], dim=2).flatten(1, 2)
+    out = net.through_levels(quarters, net.condition(c, None, 2)).unflatten(1, (3, 2, 2))
+    expected = torch.empty(2, 3, 8, 12)
+    for i in range(2):
+        for j in range(2):
+            expected[:, :, i::2, j::2] = out[:, :, i, j]
+    torch.testing.assert_close(net(x, c), expected)
+    odd = torch.zeros(2, 2, 8, 12)
+    odd[:, :, :7, :9] = x[:, :, :7, :9]
+    torch.testing.assert_close(net(x[:, :, :7, :9], c), net(odd, c)[:, :, :7, :9])
+    with pytest.raises(ValueError, match="unshuffle must be an integer >= 1, got 0"):
+        small_unet(unshuffle=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {},
+        {"unshuffle": 2},
         {"time_injection": "shift"},
         {"resampling": "resampled"},
         {"embedding": "fourier", "embedding_scale": 2.0},

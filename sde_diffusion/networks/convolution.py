@@ -1,9 +1,9 @@
 """The 3x3 convolution of stride 1 that U-Nets are made of, by fewer products where the processor is short of them.
 
-Winograd's and Fourier's algorithms (Winograd 1980; Lavin & Gray 2016) need 2 to 5 products where a 3x3 convolution as it
-stands needs 9. On processors with AVX2 and nothing wider, torch computes the latter at nearly the full rate of the
-processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its results differ
-from torch's by about 1e-5 of the largest. ``torch.backends.nnpack.set_flags(False)`` turns it off.
+Winograd's and Fourier's algorithms (Winograd 1980; Lavin & Gray 2016) need 2 to 5 products where a 3x3 convolution
+as it stands needs 9. On processors with AVX2 and nothing wider, torch computes the latter at nearly the full rate of
+the processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its results
+differ from torch's by about 1e-5 of the largest. ``torch.backends.nnpack.set_flags(False)`` turns it off.
 """
 
 from __future__ import annotations
