@@ -213,10 +213,11 @@ def test_attention_with_channels_first_and_its_gradient(
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_attention_with_channels_first_is_as_exact_as_the_formula_in_bfloat16(scale: float) -> None:
-    qkv = (scale * torch.randn(8, 3 * 4 * 16, 256)).bfloat16().requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_with_channels_first_is_as_exact_as_the_formula(scale: float, dtype: torch.dtype) -> None:
+    qkv = (scale * torch.randn(8, 3 * 4 * 16, 256)).to(dtype).requires_grad_()
     exact = qkv.detach().double().requires_grad_()
-    weights = torch.randn(8, 64, 256, dtype=torch.bfloat16)
+    weights = torch.randn(8, 64, 256, dtype=dtype)
     truth = attention_in_channels(exact, 4)
     truths = truth, torch.autograd.grad((truth * weights).sum(), exact)[0]
     errors = []
@@ -275,7 +276,7 @@ def test_pointwise_is_the_convolution() -> None:
     torch.testing.assert_close(pointwise(x, weight, bias), expected)
     half = [tensor.bfloat16().requires_grad_() for tensor in (x, weight, bias)]
     got = pointwise(*half)
-    assert got.dtype == torch.bfloat16 and in_rows(half[0])
+    assert got.dtype == torch.bfloat16 and in_rows(half[0]) and in_rows(x)
     other = F.conv2d(*half)
     torch.testing.assert_close(got, other, rtol=0.02, atol=0.02)
     weights = torch.randn_like(got)

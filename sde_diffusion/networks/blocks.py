@@ -175,8 +175,9 @@ class SelfAttention(nn.Module):
 
 
 def in_rows(x: Tensor) -> bool:
-    """Whether x (B, C, H, W) is best computed with as a matrix (C, H W) per image: in bfloat16 on CPUs."""
-    here = x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    """Whether x (B, C, H, W) is best computed with as a matrix (C, H W) per image: on CPUs."""
+    fitting = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32)
+    here = fitting and not torch.compiler.is_compiling()
     return here and x.is_contiguous() and x.shape[2] * x.shape[3] >= 64
 
 
@@ -184,7 +185,8 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear map of the channels at each pixel: x (B, C, H, W), weight (C', C) or (C', C, 1, 1) -> (B, C', H, W).
 
     As a product of matrices, with nothing transposed, it is twice as fast as the convolution in bfloat16 on CPUs
-    (torch 2.13), unless the pixels are so few that the weights' gradients, one per image, outweigh it.
+    and as fast or up to a third faster in float32 (torch 2.13), unless the pixels are so few that the weights'
+    gradients, one per image, outweigh it.
     """
     weight = weight.flatten(1)
     if not in_rows(x) or bias is None:
