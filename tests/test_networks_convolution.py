@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sde_diffusion.networks import UNet, convolution
-from sde_diffusion.networks.convolution import Conv3x3, conv3x3
+from sde_diffusion.networks.convolution import Conv3x3, trained_conv3x3
 
 _HAS_IT = torch.backends.nnpack.is_available() and hasattr(torch, "_nnpack_spatial_convolution")
 
@@ -45,7 +45,7 @@ def test_value_and_gradients_are_those_of_the_convolution(gains: None, side: int
     inputs = [a.requires_grad_() for a in problem(side=side)]
     exact = [a.detach().double().requires_grad_() for a in inputs]
     assert used(*inputs[:2])
-    out, wanted = conv3x3(*inputs), F.conv2d(*exact, padding=1)
+    out, wanted = trained_conv3x3(*inputs), F.conv2d(*exact, padding=1)
     close(out, wanted)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     found = torch.autograd.grad(out, inputs, cotangent)
@@ -63,7 +63,7 @@ def test_second_and_forward_derivatives(gains: None) -> None:
         (slope,) = torch.autograd.grad(out, arguments[0], create_graph=True)
         return slope.square().sum()
 
-    found = torch.autograd.grad(penalty(inputs, conv3x3), inputs)
+    found = torch.autograd.grad(penalty(inputs, trained_conv3x3), inputs)
     wanted = torch.autograd.grad(penalty(exact, lambda *a: F.conv2d(*a, padding=1)), exact)
     for a, b in zip(found, wanted, strict=True):
         close(a, b)
@@ -71,7 +71,7 @@ def test_second_and_forward_derivatives(gains: None) -> None:
     with forward.dual_level():
         directions = [a.detach().flip(0) for a in inputs]
         duals = [forward.make_dual(a.detach(), d) for a, d in zip(inputs, directions, strict=True)]
-        found_t = forward.unpack_dual(conv3x3(*duals)).tangent
+        found_t = forward.unpack_dual(trained_conv3x3(*duals)).tangent
     _, wanted_t = torch.func.jvp(
         lambda *a: F.conv2d(*a, padding=1),
         tuple(a.detach() for a in exact),
@@ -82,17 +82,17 @@ def test_second_and_forward_derivatives(gains: None) -> None:
 
 def test_torch_func_goes_through_torchs_own(gains: None) -> None:
     x, weight, bias = problem()
-    _, by_func = torch.func.jvp(lambda a: conv3x3(a, weight, bias), (x,), (x.flip(0),))
+    _, by_func = torch.func.jvp(lambda a: trained_conv3x3(a, weight, bias), (x,), (x.flip(0),))
     close(by_func, F.conv2d(x.flip(0).double(), weight.double(), padding=1))
-    each = torch.func.vmap(lambda a: conv3x3(a[None], weight, bias)[0])(x)
+    each = torch.func.vmap(lambda a: trained_conv3x3(a[None], weight, bias)[0])(x)
     close(each, F.conv2d(x.double(), weight.double(), bias.double(), padding=1))
 
 
-def test_an_image_does_not_depend_on_the_others(gains: None) -> None:
+def test_layouts_do_not_matter(gains: None) -> None:
     x, weight, bias = problem(batch=5)
-    torch.testing.assert_close(conv3x3(x, weight, bias)[2:3], conv3x3(x[2:3], weight, bias), rtol=0, atol=0)
     strided = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(conv3x3(strided, weight, bias), conv3x3(x, weight, bias), rtol=0, atol=0)
+    found = trained_conv3x3(strided, weight, bias)
+    torch.testing.assert_close(found, trained_conv3x3(x, weight, bias), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_everywhere_else_it_is_torchs_own(gains: None, monkeypatch: pytest.Monke
         torch.backends.nnpack.flags(enabled=change != "switched off"),
     ):
         assert not used(x, weight)
-        out = conv3x3(x, weight, bias)
+        out = trained_conv3x3(x, weight, bias)
         torch.testing.assert_close(out, F.conv2d(x, weight, bias, padding=1), rtol=0, atol=0)
 
 
@@ -129,14 +129,18 @@ def test_a_module_is_a_convolution(gains: None) -> None:
         assert name == other and torch.equal(a, b)
     x = problem()[0]
     close(ours(x), plain.double()(x.double()))
+    assert not torch.equal(ours(x), plain.float()(x))
+    # In evaluation it is torch's own to the bit.
+    torch.testing.assert_close(ours.eval()(x), plain(x), rtol=0, atol=0)
 
 
-def test_a_network_computes_the_same_with_and_without(gains: None) -> None:
+def test_a_network_in_training_computes_the_same(gains: None) -> None:
     torch.manual_seed(0)
-    net = UNet(3, channels=32, channel_multipliers=(1, 2)).eval()
+    net = UNet(3, channels=32, channel_multipliers=(1, 2))
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     x, c = torch.randn(2, 3, 32, 32), torch.tensor([0.1, 2.0])
     with torch.no_grad():
         found = net(x, c)
+        assert not torch.equal(found, net.eval()(x, c))
         close(found, net.double()(x.double(), c.double()))

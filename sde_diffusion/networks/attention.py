@@ -117,8 +117,8 @@ class ChannelAttention(torch.autograd.Function):
     kept: dS = P * (v^T g - D) with D = sum over channels of g * out, where D is one more row of the product.
 
     All goes by a few heads at a time, which stay in the cache, see :func:`cached_attention`. With heads of 8 channels
-    and 256 tokens that is 2.4 times as fast as torch's fused kernels in float32 (3.5 times without the derivative), with
-    wide heads as fast (torch 2.13, AVX2).
+    and 256 tokens that is 2.4 times as fast as torch's fused kernels in float32 (3.5 times without the derivative),
+    with wide heads as fast (torch 2.13, AVX2).
     """
 
     @staticmethod

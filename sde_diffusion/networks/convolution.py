@@ -1,9 +1,11 @@
-"""The 3x3 convolution of stride 1 that U-Nets are made of, by fewer products where the processor is short of them.
+"""The 3x3 convolution of stride 1 that U-Nets are made of, by fewer products in training.
 
 Winograd's and Fourier's algorithms (Winograd 1980; Lavin & Gray 2016) need 2 to 5 products where a 3x3 convolution
 as it stands needs 9. On processors with AVX2 and nothing wider, torch computes the latter at nearly the full rate of
-the processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its results
-differ from torch's by about 1e-5 of the largest. ``torch.backends.nnpack.set_flags(False)`` turns it off.
+the processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its
+results differ from torch's by about 1e-5 of the largest, and those of a single image from those in a batch, which
+training can bear and samples and likelihoods cannot: only a module in training mode uses it.
+``torch.backends.nnpack.set_flags(False)`` turns it off.
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ _MIN_CHANNELS = 32
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution of stride 1 that keeps height and width: ``nn.Conv2d(in, out, 3, padding=1)``."""
+    """A 3x3 convolution of stride 1 that keeps height and width: ``nn.Conv2d(in, out, 3, padding=1)``.
+
+    In training mode it may be :func:`trained_conv3x3`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
-        return conv3x3(input, self.weight, self.bias)
+        if self.training:
+            return trained_conv3x3(input, self.weight, self.bias)
+        return super().forward(input)
 
 
-def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) convolved with weight (C', C, 3, 3), zeros around it, and bias (C') or None -> (B, C', H, W)."""
     if _pays(x, weight):
         return _FewerProducts.apply(x, weight, bias)
@@ -48,13 +55,13 @@ def _wanted_here() -> bool:
 
 
 def _pays(x: Tensor, weight: Tensor) -> bool:
-    """By sizes that do not include the batch's: a sample's result must not depend on how many there are."""
+    """Whether there is something to gain."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[2] * x.shape[3] >= _MIN_PIXELS
         and min(weight.shape[:2]) >= _MIN_CHANNELS
-        and x.shape[0] > 0
+        and len(x) > 0
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
         and _wanted_here()
@@ -81,7 +88,7 @@ class _FewerProducts(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
-        by_x = conv3x3(gradient, weight.flip(2, 3).transpose(0, 1), None) if of_x else None
+        by_x = trained_conv3x3(gradient, weight.flip(2, 3).transpose(0, 1), None) if of_x else None
         by_weight = None
         if of_weight:
             ones, zeros = [1, 1], [0, 0]
