@@ -233,7 +233,7 @@ def _minibatch(results: dict[str, Any]) -> str:
 _INTRODUCTION = (
     "Quality is the energy distance 2 E|x-y| - E|x-x'| - E|y-y'|, unbiased, so that it may be negative: for mixtures "
     "in the coordinates (x / scale, place within the most probable component), for runs in those of their data, "
-    "images at their grey levels. The step size of each method is chosen by the even samples and judged by the odd ones. "
+    "images at their grey levels. The step size of each method is chosen by the even samples and judged by the odd. "
     "Errors are bootstrap standard errors. NFE: score evaluations per sample. MALA and Barker accept by the path "
     "integral of the score."
 )
