@@ -105,7 +105,8 @@ def tasks(settings: Settings) -> list[Task]:
 
 def _file(folder: Path, task: Task, settings: Settings) -> Path:
     kind, fields = task
-    version = [VERSION, target(fields["target"]).version]
+    kept = fields.get("nfe") == pictured(settings.evaluations)
+    version = [VERSION, target(fields["target"]).version, kept]
     key = json.dumps([version, kind, settings.samples, settings.seed, *sorted(fields.items())])
     name = Arm.digest(key)
     return folder / "arms" / f"{kind}-{name}.json"
