@@ -236,7 +236,7 @@ def test_unadjusted_barker_moves_a_mixture_by_the_order_of_langevin() -> None:
     assert order(ratios, [expected(r) for r in ratios]) == pytest.approx(2.0, abs=0.25)
 
 
-# Preconditioned SGLD: what leaving out Gamma costs --------------------------------------------------------------------
+# Preconditioned SGLD: what leaving out Gamma costs ------------------------------------------------
 
 
 def psgld_density(corrector: sd.PreconditionedSGLD, eta: float, gamma: bool) -> tuple[Tensor, Tensor]:
@@ -272,8 +272,8 @@ def psgld_bias(eta: float, gamma: bool) -> float:
 
 
 def test_psgld_is_biased_at_any_step_size_and_gamma_is_what_it_lacks() -> None:
-    """Where ``G`` follows the state the law is not p but ``p / G`` (up to its normalization), whatever the step size. With
-    ``Gamma = dG/dx`` the bias is of order eta again."""
+    """Where ``G`` follows the state the law is not p but ``p / G`` (up to its normalization), whatever the step size.
+    With ``Gamma = dG/dx`` the bias is of order eta again."""
     sizes = (0.05, 0.1, 0.2)
     lacking = [psgld_bias(eta, gamma=False) for eta in sizes]
     whole = [psgld_bias(eta, gamma=True) for eta in sizes]
