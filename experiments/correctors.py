@@ -1,8 +1,8 @@
 """Predictor or corrector, and which: predictors and correctors at equal numbers of evaluations.
 
-    python experiments/correctors.py                          # the exact targets; about ten minutes on two
-    cores python experiments/correctors.py --budget 3               # what three minutes are enough for, the
-    cheap arms first python experiments/correctors.py --targets runs/digits    # a trained run
+    python experiments/correctors.py                          # the exact targets
+    python experiments/correctors.py --budget 3               # what three minutes are enough for, the answer first
+    python experiments/correctors.py --targets runs/digits --evaluations 20 50 --samples 512    # a trained run
 
 Everything is kept in ``runs/correctors``: run it again to go on, or to write the report anew. Opens as
 ``runs/correctors/report.html`` in any browser; ``python -m sde_diffusion.run --mode compare`` does the same
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sde_diffusion.compare.page import write_page
 from sde_diffusion.compare.study import Settings, run_study
+from sde_diffusion.compare.verdicts import statements
 
 
 def main() -> None:
@@ -39,10 +40,13 @@ def main() -> None:
     folder = given.pop("workdir")
     try:
         settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        results = run_study(settings, folder, say=print)
     except ValueError as error:
         parser.error(str(error))
-    results = run_study(settings, folder, say=print)
     page = write_page(results, folder)
+    for sentence in statements(results):
+        print(sentence)
+    print(f"{results['cpu_seconds']:.0f} s of processor time in all")
     print(f"{len(results['arms'])} arms in {results['seconds']:.0f} s, {results['missing']} left out; {page}")
 
 

@@ -188,7 +188,8 @@ def _apply(config: ConfigDict, overrides: dict[str, str]) -> None:
     for key in [key for key, text in overrides.items() if text.lower() == "none" and keys[key].optional]:
         set_key(config, key, None)
         del overrides[key]
-    argv = ["sde_diffusion", *(f"--config.{key}={text}" for key, text in overrides.items())]
+    argv = ["sde_diffusion"]
+    argv += [f"--config.{key}={_names(text, keys[key].default)}" for key, text in overrides.items()]
     values = flags.FlagValues()
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -201,6 +202,14 @@ def _apply(config: ConfigDict, overrides: dict[str, str]) -> None:
         raise UsageError(
             f"config key {match[1]!r} must be of type {kind.__name__}, got {overrides[match[1]]!r}"
         ) from None
+
+
+def _names(text: str, default: Any) -> str:
+    """``ring,runs/digits`` as a tuple of strings, where one is expected: a path is no Python word."""
+    if not (isinstance(default, tuple) and all(isinstance(v, str) for v in default) and default):
+        return text
+    quoted = text.lstrip().startswith(("(", "[", "'", '"'))
+    return text if quoted else repr(tuple(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _file_name(text: str) -> str:

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 import subprocess
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -30,10 +31,16 @@ from sde_diffusion.compare import (
 )
 from sde_diffusion.compare.arms import PREDICTORS
 from sde_diffusion.compare.measures import energy, measure, modes, spread
-from sde_diffusion.compare.page import paper
+from sde_diffusion.compare.page import command
 from sde_diffusion.compare.ranking import entries
 from sde_diffusion.compare.stationarity import autocorrelation, effective_share, stationarity
+from sde_diffusion.compare.study import tasks
+from sde_diffusion.compare.verdicts import paper, places, statements
+from sde_diffusion.config import UsageError
+from sde_diffusion.correctors import Chain
 from sde_diffusion.metrics import energy_distance
+from tiny import NO_REPORT, POINTS, STEPS, keywords
+from tiny import command as tiny_command
 
 SMALL = Settings(
     targets=("ring",),
@@ -78,6 +85,52 @@ def test_the_biased_score_is_off_by_its_error() -> None:
     off = chosen.biased(0.5)(x, t) - chosen.score(x, t)
     radius = (chosen.sde.alpha(t) ** 2 * chosen.scale**2 + chosen.sde.variance(t)).sqrt()
     torch.testing.assert_close(off * radius, 0.5 * torch.sin(3 * x.flip(1) / radius))
+
+
+def test_the_minibatch_score_is_of_half_of_the_components() -> None:
+    """A component that is not among them is as if it were not there: samples in its mode are drawn elsewhere."""
+    chosen, t = target("ring"), torch.tensor(1e-3, dtype=torch.float64)
+    x = chosen.mixture.means.repeat(500, 1)
+    pulled = chosen.minibatch(len(x), 0)(x, t).norm(dim=1) > 10 * chosen.score(x, t).norm(dim=1).max() + 10
+    assert float(pulled.double().mean()) == pytest.approx(0.5, abs=4 * 0.5 / 4000**0.5)
+
+
+def test_the_answer_comes_before_what_refines_it() -> None:
+    """All numbers of evaluations, targets and families with the exact score come first, then step sizes, the biased
+    score and the rest: a budget that ends early has an answer."""
+    settings = Settings()
+    arms = plan(settings.targets, settings.evaluations)
+    assert len(set(arms)) == len(arms)
+    middle = [a for a in arms if a.score == "exact" and a.ratio in (0.0, 0.1) and a.steps == 1]
+    needed = {
+        (name, nfe, kind)
+        for name in settings.targets
+        for nfe in settings.evaluations
+        for kind in ("P", "PC", "C")
+    }
+    first = arms[: len(arms) // 4]
+    assert {
+        (a.target, a.nfe, a.kind) for a in first if a in middle and a.nfe in settings.evaluations
+    } == needed
+    assert {a.corrector for a in first} == {"none", *settings.correctors}
+    kinds = [task[0] if task[0] == "chain" else task[1]["score"] for task in tasks(settings)]
+    assert kinds.index("chain") < kinds.index("biased") < kinds.index("minibatch")
+    assert {a.target for a in arms if a.score == "minibatch"} == {"ring", "grid"}
+
+
+def test_reports_may_be_of_some_steps_only() -> None:
+    ring, t = target("ring"), torch.tensor(0.3, dtype=torch.float64)
+    record: list[sd.Report] = []
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(5, 2, dtype=torch.float64, generator=generator)
+
+    chain = Chain(sd.SGLD(sd.SigmaScaled(0.1)), draw, record.append, every=3)
+    x = draw()
+    for _ in range(7):
+        x = chain.step(ring.sde, ring.score, x, t, draw())
+    assert len(record) == 3
 
 
 @pytest.mark.slow
@@ -223,6 +276,143 @@ def test_the_ranking_is_chosen_and_judged_on_different_samples(study: tuple[dict
     assert row["ddim P N/2"].result["levels"] == row["ddim PC"].result["levels"]
 
 
+def _arm(predictor: str, corrector: str, nfe: int, value: float, error: float = 0.01) -> dict:
+    one = {"value": value, "error": error}
+    kind = "P" if corrector == "none" else "C" if predictor == "none" else "PC"
+    arm = {"target": "ring", "score": "exact", "nfe": nfe, "predictor": predictor, "corrector": corrector}
+    measured = {"energy": one, "energy_a": one, "energy_b": one}
+    return arm | {"steps": 1, "ratio": 0.1, "kind": kind, "measures": measured}
+
+
+def test_verdicts_say_what_the_numbers_say() -> None:
+    """Made-up distances: PC beats P at equal steps but not at equal evaluations, correctors alone are worst, and at
+    50 evaluations all have arrived."""
+    arms = [
+        _arm("ddim", "none", 10, 0.5),
+        _arm("ddim", "none", 20, 0.2),
+        _arm("ddim", "langevin", 20, 0.3),
+        _arm("ddim", "mala", 20, 0.6),
+        _arm("none", "langevin", 20, 0.9),
+    ]
+    arms += [_arm("ddim", c, 50, v) for c, v in (("none", 0.001), ("langevin", 0.002), ("mala", 0.0))]
+    settings = {"targets": ["ring"], "evaluations": [20, 50], "correctors": ["langevin", "mala"]}
+    results = {"arms": arms, "settings": settings}
+    text = "\n".join(statements(results))
+    assert "20 evaluations, exact score: better spent on predictor steps, where there is a difference" in text
+    assert "50 evaluations, exact score: no clear difference" in text
+    assert (
+        "ddim with Langevin: reproduced (better in 1, worse in 0, no clear difference in 0 of 1). "
+        "Against P with the same evaluations: better in 0, worse in 1, no clear difference in 1 of 2" in text
+    )
+    assert "reverse_diffusion with Langevin: not tested" in text
+    assert "correctors alone are worst: reproduced" in text
+    ranked = places(results, "exact")
+    assert [row["corrector"] for row in ranked] == ["langevin", "mala"] or ranked[0]["place"] == 1.5
+    assert ranked[0]["place"] == pytest.approx(1.5) and ranked[0]["error"] > 0.1
+    arms[2] = _arm("ddim", "langevin", 20, 0.7)
+    text = "\n".join(statements(results))
+    assert "ddim with Langevin: contradicted (better in 0, worse in 1" in text
+    arms[3] = _arm("ddim", "mala", 20, 0.05)
+    assert "20 evaluations, exact score: better spent on corrector steps" in "\n".join(statements(results))
+
+
+# Trained runs -------------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, settings: dict) -> int:
+    return tiny_command("train", folder, **keywords(NO_REPORT | settings))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run on digits with classes, and one on points in the plane; of four steps each."""
+    found = {}
+    for name, settings in (("digits", {"model.class_conditional": True}), ("points", POINTS)):
+        found[name] = tmp_path_factory.mktemp("runs") / name
+        assert trained(found[name], settings) == 0
+    return found
+
+
+@pytest.mark.slow
+def test_a_trained_run_is_a_target(runs: dict[str, Path], tmp_path: Path) -> None:
+    names = {key: str(path) for key, path in runs.items()}
+    small = Settings(
+        targets=tuple(names.values()),
+        evaluations=(12,),
+        correctors=("langevin",),
+        ratios=(0.1,),
+        samples=256,
+        jobs=1,
+    )
+    results = run_study(small, tmp_path)
+    assert results["missing"] == 0 and results["chains"] == []
+    assert {a["score"] for a in results["arms"]} == {"exact"}  # its own: no bias is added to it
+    real = results["floor"][names["digits"]]
+    assert abs(real["energy"]["value"]) < 4 * real["energy"]["error"]
+    digits = [a for a in results["arms"] if a["target"] == names["digits"]]
+    assert {a["kind"] for a in digits} == {"P", "PC", "C"}
+    held = [a for a in digits if not a["measures"]["diverged"]]
+    assert {a["kind"] for a in held} >= {"P", "PC"}
+    for arm in held:  # of a network that has learned nothing yet
+        frechet = arm["measures"]["frechet"]
+        assert frechet["error"] > 0
+        assert frechet["value"] > real["frechet"]["value"] + 4 * (frechet["error"] + real["frechet"]["error"])
+        assert np.array(arm.get("pictures", np.zeros((16, 1, 8, 8)))).shape == (16, 1, 8, 8)
+    page = write_page(results, tmp_path)
+    parser = _Page()
+    parser.feed(page.read_text(encoding="utf-8"))
+    assert {p.name for p in tmp_path.glob("*.png")} >= {"families.png", "frechet.png", "quality.png"}
+    assert len(list(tmp_path.glob("samples_*.png"))) == 2
+    assert "trained score: " in page.read_text(encoding="utf-8")
+    # Other weights in the same folder are another target: nothing of the old results is taken for theirs.
+    before = target(names["points"]).version
+    assert trained(runs["points"], POINTS | {"training.steps": STEPS + 2}) == 0
+    target.cache_clear()
+    assert target(names["points"]).version != before
+
+
+@pytest.mark.slow
+def test_what_a_trained_target_is_compared_with(runs: dict[str, Path]) -> None:
+    chosen = target(str(runs["digits"]))
+    test = chosen.sample(10_000, 0)
+    assert test.shape == (360, 1, 8, 8) and len(torch.unique(test.flatten(1), dim=0)) == 360
+    assert len(chosen.sample(100, 1)) == 100
+    real = chosen.floor(256, 0)
+    assert not (real.flatten(1)[:, None] == test.flatten(1)).all(-1).any()  # training data
+    off = test + 0.05 * torch.rand_like(test)  # within a grey level's bin of width 2 / 17
+    torch.testing.assert_close(chosen.observe(off), test)
+    # The state goes through the network in parts, and classes in turn, whatever the number of states.
+    x, t = torch.randn(300, 1, 8, 8), torch.tensor(0.3, dtype=torch.float64)
+    with torch.inference_mode():
+        torch.testing.assert_close(chosen.score(x, t)[:20], chosen.score(x[:20], t), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_that_is_no_run_is_refused_before_any_work(tmp_path: Path) -> None:
+    empty = str(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="nothing"):
+        run_study(Settings(targets=("ring", empty)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    words = [
+        "--mode",
+        "compare",
+        "--workdir",
+        str(tmp_path / "out"),
+        f"--config.compare.targets=ring,{empty}",
+    ]
+    assert run.main(words) == 2
+
+
+def test_the_command_that_reproduces() -> None:
+    assert command(json.loads(json.dumps(asdict(Settings())))) == "python experiments/correctors.py"
+    given = asdict(Settings(targets=("runs/digits",), evaluations=(20, 50), samples=512))
+    assert command(given) == (
+        "python experiments/correctors.py --targets runs/digits --evaluations 20 50 --samples 512"
+    )
+
+
+# The page -----------------------------------------------------------------------------------------------------------
+
+
 class _Page(HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -249,6 +439,14 @@ def test_the_page_needs_nothing_else(study: tuple[dict, Path]) -> None:
 
 BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome") if shutil.which(b)), None)
 
+WATCH = """
+<script>
+window.addEventListener("load", () => {
+  const complete = [...document.images].filter(i => i.complete && i.naturalWidth > 0).length;
+  document.title = JSON.stringify({complete, errors: window.caught});
+});
+</script>
+"""
 PROBE = """
 <script>
 window.addEventListener("load", () => {
@@ -270,6 +468,20 @@ CATCH = (
 )
 
 
+def opened(page: str, folder: Path) -> tuple[str, list[str]]:
+    """The document after its scripts, and what the browser wrote to its console (also on what did not load)."""
+    folder.mkdir(exist_ok=True)
+    file = folder / "page.html"
+    file.write_text(page, encoding="utf-8")
+    assert BROWSER is not None
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+    options += ["--disable-extensions", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr"]
+    options += ["--virtual-time-budget=10000", "--dump-dom", file.as_uri()]
+    done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt install chromium)")
 def test_in_a_browser_images_are_there_and_tables_sort(study: tuple[dict, Path], tmp_path: Path) -> None:
@@ -279,13 +491,8 @@ def test_in_a_browser_images_are_there_and_tables_sort(study: tuple[dict, Path],
         .replace("<head>", f"<head>{CATCH}")
         .replace("</body>", f"{PROBE}</body>")
     )
-    probed = tmp_path / "probed.html"
-    probed.write_text(text, encoding="utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    options += ["--virtual-time-budget=10000", "--dump-dom"]
-    dom = subprocess.run(
-        [BROWSER, *options, probed.as_uri()], capture_output=True, text=True, timeout=120
-    ).stdout
+    dom, console = opened(text, tmp_path / "report")
+    assert console == []
     title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL)
     assert title is not None, dom[:500]
     seen = json.loads(title[1])
@@ -297,6 +504,25 @@ def test_in_a_browser_images_are_there_and_tables_sort(study: tuple[dict, Path],
         "errors": [],
     }
     assert seen["images"] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine (Debian: apt install chromium)")
+def test_the_browser_would_tell_of_errors(tmp_path: Path) -> None:
+    """A page with an error, a message and a missing image: all three are seen."""
+    broken = (
+        '<html><head></head><body><img src="missing.png">'
+        '<script>console.error("told"); nowhere()</script></body></html>'
+    )
+    console = "\n".join(opened(broken, tmp_path)[1])
+    assert "told" in console and "nowhere is not defined" in console
+    caught = opened(
+        broken.replace("<head>", f"<head>{CATCH}").replace("</body>", f"{WATCH}</body>"), tmp_path
+    )[0]
+    title = re.search(r"<title>(.*?)</title>", caught, re.DOTALL)
+    assert title is not None
+    seen = json.loads(title[1])
+    assert seen["complete"] == 0 and seen["errors"][0] == "told" and len(seen["errors"]) == 2
 
 
 # What is refused, and the command line

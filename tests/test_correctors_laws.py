@@ -236,6 +236,80 @@ def test_unadjusted_barker_moves_a_mixture_by_the_order_of_langevin() -> None:
     assert order(ratios, [expected(r) for r in ratios]) == pytest.approx(2.0, abs=0.25)
 
 
+# Preconditioned SGLD: what leaving out Gamma costs ------------------------------------------------
+
+
+def psgld_density(corrector: sd.PreconditionedSGLD, eta: float, gamma: bool) -> tuple[Tensor, Tensor]:
+    """Points and the stationary density of pSGLD without a memory (``decay = 0``, so that ``G`` is a function of the
+    state) on ``p_t = N(0, 1)``, from its transition on a grid; with the term ``eta dG/dx`` or as it is."""
+    x = torch.linspace(-8, 8, 321, dtype=torch.float64)[:, None]
+
+    def score(x: Tensor, t: Tensor) -> Tensor:
+        return -x
+
+    zero, one = torch.zeros_like(x), torch.ones_like(x)
+    mean = corrector.step(sd.VP(), score, x, T, zero)
+    spread = corrector.step(sd.VP(), score, x, T, one) - mean
+    if gamma:
+        h = 1e-5  # G from the noise that a step adds, sqrt(2 eta G)
+        g = [
+            (corrector.step(sd.VP(), score, y, T, one) - corrector.step(sd.VP(), score, y, T, zero)).square()
+            for y in (x - h, x + h)
+        ]
+        mean = mean + (g[1] - g[0]) / (2 * h) / 2
+    kernel = torch.exp(-0.5 * ((x[:, 0] - mean) / spread).square())
+    kernel /= kernel.sum(1, keepdim=True)
+    # pi K = pi and sum(pi) = 1 in one system.
+    share = torch.linalg.solve(torch.eye(len(x)).double() - kernel.T + 1, torch.ones(len(x)).double())
+    return x[:, 0], share / (x[1] - x[0])
+
+
+def psgld_bias(eta: float, gamma: bool) -> float:
+    """``E cos x`` of the stationary law, less that of N(0, 1)."""
+    policy = sd.Fixed(eta)
+    x, density = psgld_density(sd.PreconditionedSGLD(policy, decay=0.0, damping=1.0), eta, gamma)
+    return float((density * x.cos()).sum() * (x[1] - x[0])) - math.exp(-0.5)
+
+
+def test_psgld_is_biased_at_any_step_size_and_gamma_is_what_it_lacks() -> None:
+    """Where ``G`` follows the state the law is not p but ``p / G`` (up to its normalization), whatever the step size.
+    With ``Gamma = dG/dx`` the bias is of order eta again."""
+    sizes = (0.05, 0.1, 0.2)
+    lacking = [psgld_bias(eta, gamma=False) for eta in sizes]
+    whole = [psgld_bias(eta, gamma=True) for eta in sizes]
+    assert order(sizes, [abs(b) for b in whole]) == pytest.approx(1.0, abs=0.25)
+    # In the limit of small steps: G is proportional to 1 / (sigma |x| + damping).
+    x = torch.linspace(-9, 9, 18001, dtype=torch.float64)
+    limit = torch.exp(-0.5 * x.square()) * (sd.VP().sigma(T) * x.abs() + 1)
+    bias = float((limit * x.cos()).sum() / limit.sum()) - math.exp(-0.5)
+    assert abs(bias) > 0.05
+    extrapolated = 2 * lacking[0] - lacking[1]
+    assert extrapolated == pytest.approx(bias, abs=0.1 * abs(bias))
+    assert min(abs(b) for b in lacking) > 10 * abs(2 * whole[0] - whole[1])
+
+
+def test_psgld_with_a_long_memory_is_nearly_unbiased() -> None:
+    """As its docstring says: averaging over much more than the chain's memory, ``G`` hardly follows the state."""
+    n, steps, eta = 4000, 300, 0.1
+    generator = torch.Generator().manual_seed(0)
+
+    def end(decay: float) -> float:
+        corrector = sd.PreconditionedSGLD(sd.Fixed(eta), decay=decay, damping=1.0)
+        x = torch.randn(n, 1, dtype=torch.float64, generator=generator)
+        chain = corrector.start(sd.VP(), lambda: torch.randn(n, 1, dtype=torch.float64, generator=generator))
+        total = 0.0
+        for i in range(steps):
+            x = chain.step(
+                sd.VP(), lambda x, t: -x, x, T, torch.randn(n, 1, dtype=torch.float64, generator=generator)
+            )
+            total += float(x.cos().mean()) / 100 if i >= steps - 100 else 0.0
+        return total - math.exp(-0.5)
+
+    # One average of 4,000 chains has the error sqrt(var cos x / n) = 0.0071, that over 100 steps no more.
+    assert abs(end(0.0)) > 7 * 0.0071
+    assert abs(end(0.99)) < 4 * 0.0071
+
+
 # Acceptance: detailed balance, to the last digits ------------------------------------------------------------------
 
 

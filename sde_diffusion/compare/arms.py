@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sde_diffusion.compare.targets import Target
-from sde_diffusion.correctors import Corrector, corrector_named
+from sde_diffusion.compare.targets import Target, target
+from sde_diffusion.correctors import Chain, Corrector, Kernel, Recorder, corrector_named
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.noise import NoiseSource
 from sde_diffusion.predictors import DDIM, Ancestral, DPMSolverPP, Predictor, ReverseDiffusion
 from sde_diffusion.sampling import SampleOutput, sample
 from sde_diffusion.score import Score
@@ -21,6 +22,8 @@ from sde_diffusion.sdes import SDE
 from sde_diffusion.times import uniform_times
 
 T_END = 1e-3
+_REPORTS = 50
+"""About so many reports of a run's corrector steps are averaged."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ PREDICTORS: dict[str, Callable[[], Predictor]] = {
     "ancestral": Ancestral,
     "dpm_solver": DPMSolverPP,
 }
+SCORES = ("exact", "biased", "minibatch")
 _COST = {"none": 0, "ddim": 1, "reverse_diffusion": 1, "ancestral": 1, "dpm_solver": 1}
 
 
@@ -50,7 +54,7 @@ class Arm:
 
     Attributes:
         target: a name of :data:`~sde_diffusion.compare.targets.TARGETS`, or the folder of a run.
-        score: ``"exact"`` or ``"biased"``.
+        score: ``"exact"``, ``"biased"`` or ``"minibatch"`` (that of a random half of the components).
         nfe: evaluations that may be spent on a sample, the final denoising included.
         predictor: ``none``, ``ddim``, ``reverse_diffusion``, ``ancestral`` or ``dpm_solver``.
         corrector: a name of :data:`~sde_diffusion.correctors.CORRECTORS`, or ``none``.
@@ -67,8 +71,8 @@ class Arm:
     ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.score not in ("exact", "biased"):
-            raise unknown_name("score", self.score, ("exact", "biased"))
+        if self.score not in SCORES:
+            raise unknown_name("score", self.score, SCORES)
         if self.predictor not in PREDICTORS:
             raise unknown_name("predictor", self.predictor, PREDICTORS)
         if self.predictor == "none" and self.corrector == "none":
@@ -93,7 +97,7 @@ class Arm:
             each += self.steps * (2 if self.corrector == "implicit" else 1) + once_more
         return (self.nfe - 1) // each
 
-    def build(self) -> tuple[Predictor, tuple[Corrector, ...]]:
+    def build(self) -> tuple[Predictor, tuple[Kernel, ...]]:
         """The objects."""
         predictor = PREDICTORS[self.predictor]()
         if self.corrector == "none":
@@ -104,6 +108,24 @@ class Arm:
     def digest(text: str) -> str:
         """A short name for the cache."""
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Sparing:
+    """A corrector that reports on one step of ``every``: with exact scores a report costs a fifth of a step."""
+
+    kernel: Kernel
+    every: int
+
+    @property
+    def steps(self) -> int:
+        return self.kernel.steps
+
+    def step(self, sde: SDE, score: Score, x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        return self.kernel.step(sde, score, x, t, noise)
+
+    def start(self, sde: SDE, draw: NoiseSource, record: Recorder | None = None) -> Corrector:
+        return Chain(self.kernel, draw, record, every=self.every)
 
 
 @dataclass(frozen=True)
@@ -118,30 +140,38 @@ class Outcome:
     displacement: float | None
 
 
-def run_arm(arm: Arm, target: Target, n: int, seed: int = 0) -> Outcome:
+def run_arm(arm: Arm, chosen: Target, n: int, seed: int = 0) -> Outcome:
     """Samples of an arm. Arms with equal ``n`` and ``seed`` share their initial state, and their noise as far as they
     draw alike."""
-    predictor, correctors = arm.build()
-    score = target.score if arm.score == "exact" else target.biased()
-    times = uniform_times(target.sde, arm.levels, max(T_END, target.sde.t_min))
+    predictor, kernels = arm.build()
+    scores: dict[str, Callable[[], Score]] = {
+        "exact": lambda: chosen.score,
+        "biased": chosen.biased,
+        "minibatch": lambda: chosen.minibatch(n, 30_000 + seed),
+    }
+    every = 1 + arm.levels * arm.steps // _REPORTS
+    correctors = tuple(_Sparing(kernel, every) for kernel in kernels)
+    times = uniform_times(chosen.sde, arm.levels, max(T_END, chosen.sde.t_min))
     generator = torch.Generator().manual_seed(seed)
-    dtype = torch.float64 if target.mixture is not None else torch.float32
+    dtype = torch.float64 if chosen.mixture is not None else torch.float32
 
     def noise() -> Tensor:
-        return torch.randn(n, *target.shape, dtype=dtype, generator=generator)
+        # In double precision normal numbers cost as much as an exact score.
+        return torch.randn(n, *chosen.shape, generator=generator).to(dtype)
 
     begin = time.perf_counter()
-    out: SampleOutput = sample(
-        target.sde,
-        score,
-        (n, *target.shape),
-        predictor=predictor,
-        correctors=correctors,
-        times=times,
-        noise=noise,
-        dtype=dtype,
-        reports=bool(correctors),
-    )
+    with torch.inference_mode():
+        out: SampleOutput = sample(
+            chosen.sde,
+            scores[arm.score](),
+            (n, *chosen.shape),
+            predictor=predictor,
+            correctors=correctors,
+            times=times,
+            noise=noise,
+            dtype=dtype,
+            reports=bool(correctors),
+        )
     seconds = time.perf_counter() - begin
     record = out.reports[0] if out.reports else []
     return Outcome(
@@ -173,43 +203,61 @@ CORRECTORS = (
 RATIOS = (0.02, 0.1, 0.4)
 
 
+MINIBATCH = (("sgld", 1), ("sgld", 4), ("sgld_decaying", 4))
+"""What meets the score of random components: SGLD with a constant and with a decaying step, and steps a time."""
+
+
 def plan(
     targets: Sequence[str],
     evaluations: Sequence[int] = (20, 50, 200, 1000),
     *,
     correctors: Sequence[str] = CORRECTORS,
     ratios: Sequence[float] = RATIOS,
-    scores: Sequence[str] = ("exact", "biased"),
+    scores: Sequence[str] = SCORES,
 ) -> list[Arm]:
-    """The matrix, the cheapest arms first, so that a budget that ends early has something of everything.
+    """The matrix, in the order in which it is worth having when time is short: in each part the cheapest first.
 
-    With an exact score: four predictors alone; each corrector at each step size after DDIM, and at the middle
-    one after reverse diffusion and with four steps a time; five correctors alone. With a biased score the
-    middle step size only.
+    1. With an exact (or trained) score what an answer needs at every number of evaluations: four predictors
+       alone, each corrector after DDIM, four correctors alone, all with the middle step size; the paper's
+       comparison.
+    2. The other step sizes.
+    3. With a biased score the same, with the middle step size.
+    4. The correctors after reverse diffusion; four steps at a time after DDIM.
+    5. On targets with modes to count, the score of a random half of the components.
     """
     middle = ratios[len(ratios) // 2]
+    alone = [c for c in ("langevin", "sgld", "underdamped", "mala") if c in correctors]
 
-    def arms() -> Iterator[Arm]:
-        for nfe in sorted(evaluations):
-            for name in targets:
-                for score in scores:
-                    if score == "biased" and "/" in name:
-                        continue  # a trained score has its own
-                    for predictor in ("ddim", "reverse_diffusion", "ancestral", "dpm_solver"):
-                        yield Arm(name, score, nfe, predictor)
-                        # As many predictor steps as with a corrector step to each.
-                        if score == "exact" and predictor in ("ddim", "reverse_diffusion"):
-                            yield Arm(name, score, nfe // 2, predictor)
-                    for corrector in correctors:
-                        some = ratios if score == "exact" else (middle,)
-                        for ratio in some:
-                            yield Arm(name, score, nfe, "ddim", corrector, 1, ratio)
-                        yield Arm(name, score, nfe, "reverse_diffusion", corrector, 1, middle)
-                        if score == "exact":
-                            yield Arm(name, score, nfe, "ddim", corrector, 4, middle)
-                    for corrector in ("langevin", "sgld", "underdamped", "mala"):
-                        if corrector in correctors:
-                            for ratio in some:
-                                yield Arm(name, score, nfe, "none", corrector, 1, ratio)
+    def arms(name: str, nfe: int) -> Iterator[tuple[int, Arm]]:
+        for score in ("exact", "biased"):
+            # A trained score has an error of its own.
+            if score not in scores or (score == "biased" and "/" in name):
+                continue
+            first = 1 if score == "exact" else 3
+            for predictor in ("ddim", "dpm_solver", "reverse_diffusion", "ancestral"):
+                yield first, Arm(name, score, nfe, predictor)
+                if score == "exact" and predictor in ("ddim", "reverse_diffusion"):
+                    # As many predictor steps as with a corrector step to each.
+                    yield first, Arm(name, score, nfe // 2, predictor)
+            for ratio in ratios if score == "exact" else (middle,):
+                part = first if ratio == middle else 2
+                for corrector in correctors:
+                    yield part, Arm(name, score, nfe, "ddim", corrector, 1, ratio)
+                for corrector in alone:
+                    yield part, Arm(name, score, nfe, "none", corrector, 1, ratio)
+                if "langevin" in correctors:
+                    yield part, Arm(name, score, nfe, "reverse_diffusion", "langevin", 1, ratio)
+            for corrector in correctors:
+                if corrector != "langevin":
+                    yield 4, Arm(name, score, nfe, "reverse_diffusion", corrector, 1, middle)
+                if score == "exact":
+                    yield 4, Arm(name, score, nfe, "ddim", corrector, 4, middle)
+        if "minibatch" in scores and "sgld" in correctors and "/" not in name and target(name).modes:
+            yield 5, Arm(name, "minibatch", nfe, "ddim")
+            for corrector, steps in MINIBATCH:
+                for predictor in ("ddim", "none"):
+                    yield 5, Arm(name, "minibatch", nfe, predictor, corrector, steps, middle)
 
-    return list(arms())
+    found = [arm for nfe in sorted(evaluations) for name in targets for arm in arms(name, nfe)]
+    unique = {arm: part for part, arm in found}  # N/2 may be asked for on its own
+    return sorted(unique, key=lambda arm: unique[arm])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sde_diffusion.compare.ranking import Entry, after_a_predictor, best, entries, of_kind, ratio_of
+from sde_diffusion.compare.study import pictured
 from sde_diffusion.compare.targets import Target, target
 from sde_diffusion.pictures.style import TEXT, new_figure, write
 
@@ -48,11 +50,12 @@ def _lines(
     name: str,
     score: str,
     series: dict[str, tuple[Callable[[Entry], bool], str]],
+    measure: str = "energy_b",
 ) -> None:
     evaluations = results["settings"]["evaluations"]
     for i, (label, (chosen, colour)) in enumerate(series.items()):
         found = [(n, best(entries(results["arms"], name, score, n), chosen)) for n in evaluations]
-        points = [(n, e.value, e.error) for n, e in found if e is not None and np.isfinite(e.value)]
+        points = [(n, *e.of(measure)) for n, e in found if e is not None and np.isfinite(e.value)]
         if not points:
             continue
         n, value, error = (np.array(v) for v in zip(*points, strict=True))
@@ -75,9 +78,9 @@ def _lines(
     axes.set_ylim(bottom=_LEAST / 2)
     axes.set_xticks(evaluations, [str(n) for n in evaluations])
     axes.minorticks_off()
-    noise = results["floor"].get(name, {}).get("energy")
+    noise = results["floor"].get(name, {}).get(measure.removesuffix("_b"))
     if noise is not None:
-        axes.axhspan(_LEAST / 2, max(2 * noise["error"], _LEAST), color="#edf2f7", zorder=0)
+        axes.axhspan(_LEAST / 2, max(noise["value"] + 2 * noise["error"], _LEAST), color="#edf2f7", zorder=0)
 
 
 def families(results: dict[str, Any], path: Path, score: str = "exact") -> Path:
@@ -96,6 +99,22 @@ def families(results: dict[str, Any], path: Path, score: str = "exact") -> Path:
     if panels[0].get_legend_handles_labels()[0]:
         panels[0].legend(fontsize=7, framealpha=0.8)
     return write(figure, path, f"best of each family, {score} score")
+
+
+def frechet(results: dict[str, Any], path: Path) -> Path | None:
+    """The Frechet distance of those arms of each family whose energy distance is the least."""
+    with_it = {arm["target"] for arm in results["arms"] if "frechet" in arm["measures"]}
+    names = [name for name in results["settings"]["targets"] if name in with_it]
+    if not names:
+        return None
+    figure, panels = _panels(len(names), width=4.2)
+    series = {label: (of_kind(kind), colour) for kind, (label, colour) in _FAMILIES.items()}
+    for axes, name in zip(panels, names, strict=True):
+        _lines(axes, results, name, "exact", series, "frechet")
+        axes.autoscale(axis="y")
+        _plain(axes, target(name).title, "evaluations per sample", "Frechet distance, classifier's features")
+    panels[0].legend(fontsize=7, framealpha=0.8)
+    return write(figure, path, "Frechet distance (grey: what real samples have)")
 
 
 def quality(results: dict[str, Any], path: Path, score: str = "exact") -> Path:
@@ -143,7 +162,10 @@ def heat_map(results: dict[str, Any], path: Path, nfe: int) -> Path:
 
 
 def _contours(axes: Axes, chosen: Target, limits: float) -> None:
-    assert chosen.mixture is not None
+    if chosen.mixture is None:  # a run on points in the plane
+        x, y = chosen.sample(500, 0).T.numpy()
+        axes.scatter(x, y, s=1.2, color="#b87a33", linewidths=0, alpha=0.5)
+        return
     line = np.linspace(-limits, limits, 160)
     points = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
     density = chosen.mixture.log_prob(torch.from_numpy(points)).exp().reshape(160, 160).numpy()
@@ -157,21 +179,24 @@ def _contours(axes: Axes, chosen: Target, limits: float) -> None:
     )
 
 
-def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Path | None:
-    """Samples of some arms over the contours of the density."""
-    chosen = target(name)
-    if chosen.shape != (2,):
-        return None
-    found = [e for e in entries(results["arms"], name, "exact", nfe) if "cloud" in e.result]
+def _picked(results: dict[str, Any], name: str, nfe: int, key: str) -> list[Entry]:
+    """The best two of P and PC, the best of C, and the worst, of those whose samples were kept."""
+    found = [e for e in entries(results["arms"], name, "exact", nfe) if key in e.result]
     picks: list[Entry] = []
     for kind, count in (("P", 2), ("PC", 2), ("C", 1)):
         picks += [e for e in found if e.kind == kind][:count]
-    if found:
-        picks.append(max((e for e in found if np.isfinite(e.value)), key=lambda e: e.value))
+    finite = [e for e in found if np.isfinite(e.value)]
+    return picks + ([max(finite, key=lambda e: e.value)] if finite else [])
+
+
+def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Path | None:
+    """Samples of some arms over the contours of the density."""
+    chosen = target(name)
+    picks = _picked(results, name, nfe, "cloud")
     if not picks:
         return None
     figure, panels = _panels(len(picks), width=2.4, height=2.7)
-    limits = 3.6 if name != "funnel" else 5.5
+    limits = 5.5 if name == "funnel" else 3.6 if chosen.mixture is not None else 3 * chosen.scale
     for axes, entry in zip(panels, picks, strict=True):
         _contours(axes, chosen, limits)
         x = np.array(entry.result["cloud"])
@@ -182,6 +207,25 @@ def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Pat
         _plain(axes, f"{entry.method}\n{entry.value:.4f} ± {entry.error:.4f}")
         axes.grid(False)
     return write(figure, path, f"{chosen.title}, {nfe} evaluations: best of P, PC, C, and the worst")
+
+
+def images(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Path | None:
+    """Images drawn by some arms, from the same initial noise."""
+    picks = _picked(results, name, nfe, "pictures")
+    if not picks:
+        return None
+    figure, panels = _panels(len(picks), width=2.2, height=2.7)
+    for axes, entry in zip(panels, picks, strict=True):
+        drawn = np.array(entry.result["pictures"])  # (n, C, H, W)
+        side = math.isqrt(len(drawn))
+        rows = [np.concatenate(list(drawn[i * side : (i + 1) * side]), -1) for i in range(side)]
+        whole = np.concatenate(rows, -2).transpose(1, 2, 0)
+        axes.imshow(whole.squeeze(-1) if whole.shape[-1] == 1 else whole, cmap="gray", vmin=0, vmax=255)
+        _plain(axes, f"{entry.method}\n{entry.value:.3f} ± {entry.error:.3f}")
+        axes.grid(False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return write(figure, path, f"{target(name).title}, {nfe} evaluations: best of P, PC, C, and the worst")
 
 
 def stationarity(results: dict[str, Any], path: Path) -> Path | None:
@@ -247,20 +291,26 @@ def all_figures(results: dict[str, Any], folder: Path) -> dict[str, Path]:
     """Every picture that the results allow, by caption."""
     settings = results["settings"]
     middle = settings["ratios"][len(settings["ratios"]) // 2]
-    some = 50 if 50 in settings["evaluations"] else settings["evaluations"][0]
+    some = pictured(settings["evaluations"])
+    scores = {arm["score"] for arm in results["arms"]}
     made: dict[str, Path | None] = {
         "Where to spend evaluations: the best of each family": families(results, folder / "families.png"),
-        "The same with a biased score": families(results, folder / "families_biased.png", "biased"),
+        "The same with a biased score": families(results, folder / "families_biased.png", "biased")
+        if "biased" in scores
+        else None,
+        "Frechet distance": frechet(results, folder / "frechet.png"),
         "Quality against evaluations, each corrector": quality(results, folder / "quality.png"),
         "The same with a biased score, each corrector": quality(
             results, folder / "quality_biased.png", "biased"
-        ),
+        )
+        if "biased" in scores
+        else None,
         "Step sizes": heat_map(results, folder / "step_sizes.png", some),
         "Stationarity": stationarity(results, folder / "stationarity.png"),
         "Autocorrelation": autocorrelation(results, folder / "autocorrelation.png", middle),
     }
     for name in settings["targets"]:
-        made[f"Samples: {target(name).title}"] = clouds(
-            results, folder / f"cloud_{name.replace('/', '_')}.png", name, some
-        )
+        draw = clouds if target(name).shape == (2,) else images
+        file = folder / f"samples_{name.strip('/').replace('/', '_')}.png"
+        made[f"Samples: {target(name).title}"] = draw(results, file, name, some)
     return {caption: path for caption, path in made.items() if path is not None}

@@ -7,8 +7,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sde_diffusion.compare.page import answers, write_page
+from sde_diffusion.compare.page import write_page
 from sde_diffusion.compare.study import Settings, run_study
+from sde_diffusion.compare.verdicts import answers, statements
 from sde_diffusion.config import UsageError
 
 FOLDER = "runs/correctors"
@@ -46,5 +47,7 @@ def compare_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
                 if a[kind]
             )
             print(f"{a['target']:10} {a['nfe']:5} evaluations: {a['verdict']:9} | {best}")
+    for sentence in statements(results):
+        print(sentence)
     print(f"{len(results['arms'])} arms in {results['seconds']:.0f} s, {results['missing']} left out; {page}")
     return results

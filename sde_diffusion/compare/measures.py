@@ -23,8 +23,9 @@ def _value(value: float, error: float) -> dict[str, float]:
     return {"value": float(value), "error": float(error)}
 
 
+@functools.lru_cache(maxsize=16)
 def _resampled(n: int, seed: int) -> Array:
-    """Bootstrap weights (RESAMPLES, n): how often each sample is drawn, as a share."""
+    """Bootstrap weights (RESAMPLES, n): how often each sample is drawn, as a share. The same for all arms."""
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
 
 
@@ -38,15 +39,17 @@ def energy(x: Array, y: Array, y_spread: float, seed: int = 0) -> dict[str, floa
 
     ``y_spread`` is ``E|y - y'|``.
     """
-    n = len(x)
-    xx, xy = cdist(x, x), cdist(x, y)
-    within = xx.sum() / (n * (n - 1))
-    value = 2 * xy.mean() - within - y_spread
+    return _energy(cdist(x, x), cdist(x, y).mean(1), y_spread, seed)
+
+
+def _energy(within: Array, to_reference: Array, y_spread: float, seed: int) -> dict[str, float]:
+    """:func:`energy` from the distances within ``x`` (n, n) and the mean ones to ``y`` (n,)."""
+    n = len(within)
+    value = 2 * to_reference.mean() - within.sum() / (n * (n - 1)) - y_spread
     weights = _resampled(n, seed)
-    linear = 2 * weights @ xy.mean(1)
     # A resample holds pairs of one sample and itself, which are 0 apart: a share 1/n more than in the sample.
-    quadratic = np.einsum("bi,bi->b", weights @ xx, weights) * n / (n - 1)
-    return _value(value, np.std(linear - quadratic, ddof=1))
+    quadratic = np.einsum("bi,bi->b", weights @ within, weights) * n / (n - 1)
+    return _value(value, np.std(2 * weights @ to_reference - quadratic, ddof=1))
 
 
 def w2(x: Array, y: Array) -> dict[str, float]:
@@ -137,9 +140,14 @@ def measure(x: Tensor, target: Target, seed: int = 1) -> dict[str, Any]:
     if bool(bad.any()):
         return result
     exact_samples, b, own = _reference(target, len(x), seed)
+    x = target.observe(x)
+    flat = x.flatten(1).double()
     reference, points, a = exact_samples.flatten(1).double().numpy(), flat.numpy(), coordinates(x, target)
-    result["energy"] = energy(a, b, own)
-    result["energy_a"], result["energy_b"] = (energy(a[i::2], b, own, i) for i in (0, 1))
+    within, across = cdist(a, a), cdist(a, b).mean(1)
+    result["energy"] = _energy(within, across, own, 0)
+    result["energy_a"], result["energy_b"] = (
+        _energy(within[i::2, i::2], across[i::2], own, i) for i in (0, 1)
+    )
     result["w2"] = w2(points, reference)
     if target.mixture is not None:
         exact = target.mixture

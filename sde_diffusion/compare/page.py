@@ -6,14 +6,17 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sde_diffusion.compare.figures import all_figures
-from sde_diffusion.compare.ranking import Entry, best, entries, method, of_kind, of_method
+from sde_diffusion.compare.ranking import Entry, entries, method
+from sde_diffusion.compare.study import Settings
 from sde_diffusion.compare.targets import target
+from sde_diffusion.compare.verdicts import answers, paper, places, scores_of, statements
 from sde_diffusion.workdir import environment
 
 _STYLE = """
@@ -90,7 +93,8 @@ def _ranking(results: dict[str, Any], score: str) -> str:
 
 
 def _arms(results: dict[str, Any]) -> str:
-    names = ("energy", "w2", "mode_error", "coverage", "outside", "mean_error", "std_error", "frechet")
+    everything = ("energy", "w2", "mode_error", "coverage", "outside", "mean_error", "std_error", "frechet")
+    names = tuple(name for name in everything if any(name in arm["measures"] for arm in results["arms"]))
     rows = []
     for arm in results["arms"]:
         measured = arm["measures"]
@@ -106,7 +110,7 @@ def _arms(results: dict[str, Any]) -> str:
         for name in names:
             value = measured.get(name)
             if value is None:
-                cells.append(_cell(float("inf"), "diverged" if measured["diverged"] else ""))
+                cells.append(_cell(float("inf"), "diverged" if measured["diverged"] else "–"))
             else:
                 cells.append(_cell(value["value"], f"{value['value']:.4f} ± {value['error']:.4f}"))
         rows.append(cells)
@@ -139,31 +143,6 @@ def _chains(results: dict[str, Any]) -> str:
     return _table(heads, rows, "chains")
 
 
-def answers(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each target, score and number of evaluations the best of each family, and which family is first.
-
-    ``verdict``: ``predictor`` or ``corrector`` where the best of P and of PC differ by two standard errors,
-    else ``tie``.
-    """
-    settings = results["settings"]
-    found = []
-    for score in ("exact", "biased"):
-        for name in settings["targets"]:
-            for nfe in settings["evaluations"]:
-                ranked = entries(results["arms"], name, score, nfe)
-                kinds = {kind: best(ranked, of_kind(kind)) for kind in ("P", "PC", "C")}
-                p, pc = kinds["P"], kinds["PC"]
-                if p is None or pc is None:
-                    continue
-                error = (p.error**2 + pc.error**2) ** 0.5
-                z = (p.value - pc.value) / error if error else float("nan")
-                verdict = "corrector" if z > 2 else "predictor" if z < -2 else "tie"
-                found.append(
-                    {"target": name, "score": score, "nfe": nfe, "z": z, "verdict": verdict, **kinds}
-                )
-    return found
-
-
 def _answers(results: dict[str, Any]) -> str:
     rows = []
     for a in answers(results):
@@ -182,25 +161,6 @@ def _answers(results: dict[str, Any]) -> str:
     return _table(heads, rows, "answers")
 
 
-def paper(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Song et al.'s comparison (2021, table 1) on the exact targets: ``P`` with N/2 and with N predictor steps,
-    ``PC`` with N/2 of each, ``C`` with N, all with Langevin by their rule, each at its best step size."""
-    settings = results["settings"]
-    found = []
-    for name in settings["targets"]:
-        for nfe in settings["evaluations"]:
-            row: dict[str, Any] = {"target": name, "nfe": nfe}
-            for predictor in ("reverse_diffusion", "ddim"):
-                ranked = entries(results["arms"], name, "exact", nfe)
-                half = entries(results["arms"], name, "exact", nfe // 2)
-                row[f"{predictor} P N/2"] = best(half, of_method(predictor))
-                row[f"{predictor} P N"] = best(ranked, of_method(predictor))
-                row[f"{predictor} PC"] = best(ranked, of_method(f"{predictor} + langevin"))
-            row["C"] = best(entries(results["arms"], name, "exact", nfe), of_method("langevin alone"))
-            found.append(row)
-    return found
-
-
 def _paper(results: dict[str, Any]) -> str:
     rows, heads = [], ["target", "N"]
     for row in paper(results):
@@ -212,44 +172,135 @@ def _paper(results: dict[str, Any]) -> str:
     return _table(heads, rows, "paper")
 
 
+def _places(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            _cell(row["corrector"]),
+            _cell(score),
+            _cell(row["place"], f"{row['place']:.2f} ± {row['error']:.2f}"),
+            _cell(row["first"], f"{row['first']:.2f}"),
+        ]
+        for score in scores_of(results)
+        for row in places(results, score)
+    ]
+    return _table(("corrector", "score", "mean place", "P(best)"), rows, "places")
+
+
+def _floor(results: dict[str, Any]) -> str:
+    names = list(dict.fromkeys(key for found in results["floor"].values() for key in found))
+    names = [name for name in names if name not in ("diverged", "energy_a", "energy_b")]
+    rows = []
+    for name, found in results["floor"].items():
+        cells = [_cell(name)]
+        for key in names:
+            v = found.get(key)
+            cells.append(
+                _cell(None) if v is None else _cell(v["value"], f"{v['value']:.4f} ± {v['error']:.4f}")
+            )
+        rows.append(cells)
+    return _table(("target", *names), rows, "floor")
+
+
+def _minibatch(results: dict[str, Any]) -> str:
+    """Arms with the score of random components beside those with the exact one."""
+    same = ("target", "nfe", "predictor", "corrector", "steps", "ratio")
+    exact = {tuple(a[k] for k in same): a for a in results["arms"] if a["score"] == "exact"}
+    rows = []
+    for arm in results["arms"]:
+        if arm["score"] != "minibatch":
+            continue
+        beside = exact.get(tuple(arm[k] for k in same))
+        cells = [_cell(method(arm)), _cell(arm["target"]), _cell(float(arm["nfe"]), str(arm["nfe"]))]
+        for one in (arm, beside):
+            for key in ("energy", "mode_error"):
+                v = None if one is None else one["measures"].get(key)
+                cells.append(
+                    _cell(None) if v is None else _cell(v["value"], f"{v['value']:.4f} ± {v['error']:.4f}")
+                )
+        rows.append(cells)
+    heads = (
+        "method",
+        "target",
+        "NFE",
+        "energy",
+        "mode error",
+        "energy, exact score",
+        "mode error, exact score",
+    )
+    return _table(heads, rows, "minibatch")
+
+
+_INTRODUCTION = (
+    "Quality is the energy distance 2 E|x-y| - E|x-x'| - E|y-y'|, unbiased, so that it may be negative: for mixtures "
+    "in the coordinates (x / scale, place within the most probable component), for runs in those of their data, "
+    "images at their grey levels. The step size of each method is chosen by the even samples and judged by the odd. "
+    "Errors are bootstrap standard errors. NFE: score evaluations per sample. MALA and Barker accept by the path "
+    "integral of the score."
+)
+
+
+def command(settings: dict[str, Any]) -> str:
+    """The command line of the same study."""
+    words = ["python experiments/correctors.py"]
+    for key, value in asdict(Settings()).items():
+        given = settings[key]
+        if list(given) != list(value) if isinstance(value, tuple) else given != value:
+            shown = " ".join(map(str, given)) if isinstance(value, tuple) else str(given)
+            words.append(f"--{key} {shown}")
+    return " ".join(words)
+
+
 def write_page(results: dict[str, Any], folder: str | Path) -> Path:
     """Writes the pictures and ``report.html`` into the folder; the path of the page."""
     place = Path(folder)
     figures = all_figures(results, place)
     settings = results["settings"]
     names = "; ".join(target(n).title for n in settings["targets"])
+    said = "".join(f"<li>{html.escape(text)}</li>" for text in statements(results))
+    scores = scores_of(results)
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Correctors compared</title>',
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body><h1>Correctors compared</h1>',
         f"<p>Predictors and correctors at equal numbers of score evaluations on: {html.escape(names)}. "
-        f"{settings['samples']} samples an arm, all arms from the same initial noise; errors are bootstrap "
-        "standard errors. Quality is the energy distance 2 E|x-y| - E|x-x'| - E|y-y'| in the coordinates (x / "
-        "scale, place within the most probable component), unbiased, so that it may be negative. The step size "
-        "of each method is chosen by the even samples and judged by the odd ones. "
-        f"{len(results['arms'])} arms and {len(results['chains'])} chains; {results['missing']} left out for "
-        "want of time.</p>",
+        f"{settings['samples']} samples an arm, all arms from the same initial noise. {html.escape(_INTRODUCTION)} "
+        f"{len(results['arms'])} arms and {len(results['chains'])} chains in {results['cpu_seconds'] / 60:.1f} "
+        f"minutes of processor time; {results['missing']} left out for want of time.</p>",
+        f"<h2>In short</h2><ul>{said}</ul>",
+        "<p>A clear difference is one of two standard errors: of twenty comparisons of equals one shows it by "
+        "chance.</p>",
         "<h2>Predictor or corrector?</h2><p>z: by how many standard errors the best with a corrector beats the "
         "best without. The best of many methods is lucky, and PC has more of them than P.</p>",
         _answers(results),
-        "<h2>The paper's comparison</h2><p>Langevin steps by Song's rule (per sample); N/2 predictor steps, N, "
-        "N/2 of each, N corrector steps.</p>",
+        "<h2>Which corrector?</h2><p>Each after its best predictor: the mean place over all targets and numbers of "
+        "evaluations, ± and probability of the best mean place by drawing the distances anew with their errors.</p>",
+        _places(results),
+        "<h2>The paper's comparison</h2><p>Song et al. (2021), table 1. Langevin steps by their rule (per sample); "
+        "N/2 predictor steps, N, N/2 of each, N corrector steps.</p>",
         _paper(results),
+        "<h2>What real samples measure</h2><p>As many as an arm has, against the same reference: nothing can be "
+        "expected to do better.</p>",
+        _floor(results),
     ]
     for caption, path in figures.items():
         data = base64.b64encode(path.read_bytes()).decode()
         parts.append(
             f'<h2>{html.escape(caption)}</h2><img alt="{html.escape(caption)}" src="data:image/png;base64,{data}">'
         )
+    for score in scores:
+        if score != "minibatch":
+            parts += [f"<h2>Ranking, {score} score</h2>", _ranking(results, score)]
+    if "minibatch" in scores:
+        parts += [
+            "<h2>SGLD with the score of random components</h2><p>Half of the components, others in every evaluation, "
+            "for the predictor too; beside it the same with the exact score.</p>",
+            _minibatch(results),
+        ]
+    if results["chains"]:
+        parts += ["<h2>Chains started in p_t</h2>", _chains(results)]
     parts += [
-        "<h2>Ranking, exact score</h2>",
-        _ranking(results, "exact"),
-        "<h2>Ranking, biased score</h2>",
-        _ranking(results, "biased"),
-        "<h2>Chains started in p_t</h2>",
-        _chains(results),
         "<h2>Every arm</h2>",
         _arms(results),
-        "<h2>To reproduce</h2><pre>python experiments/correctors.py\n",
+        f"<h2>To reproduce</h2><pre>{html.escape(command(settings))}\n",
         html.escape(
             json.dumps({"settings": settings, **environment(torch.device("cpu"))}, indent=1, default=str)
         ),

@@ -30,6 +30,10 @@ class Entry:
     error: float
     first: float = float("nan")
 
+    def of(self, measure: str) -> tuple[float, float]:
+        """Another measure of the arm, and its error."""
+        return _value(self.result, measure)
+
 
 def method(result: Result) -> str:
     """The name of an arm but for its step size."""

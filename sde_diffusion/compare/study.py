@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from sde_diffusion.compare.arms import CORRECTORS, RATIOS, Arm, plan, run_arm
@@ -24,9 +25,14 @@ from sde_diffusion.compare.targets import TARGETS, target
 from sde_diffusion.correctors import CORRECTORS as KNOWN
 from sde_diffusion.errors import unknown_name
 
-VERSION = 1
+VERSION = 2
 """Of what an arm's file means; raised when results would change."""
-_CLOUD_NFE, _CLOUD = 50, 500
+_CLOUD, _PICTURES = 500, 16
+
+
+def pictured(evaluations: Sequence[int]) -> int:
+    """The number of evaluations whose samples are kept for pictures."""
+    return 50 if 50 in evaluations else evaluations[0]
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ Task = tuple[str, dict[str, Any]]
 
 
 def tasks(settings: Settings) -> list[Task]:
-    """All there is to do: the chains, then the arms from cheap to dear."""
+    """All there is to do: the arms in the order of :func:`plan`, the chains after those with an exact score."""
     exact = [name for name in settings.targets if "/" not in name]
     chains: list[Task] = [
         ("chain", {"target": name, "corrector": corrector, "ratio": ratio})
@@ -87,17 +93,21 @@ def tasks(settings: Settings) -> list[Task]:
         for corrector in settings.correctors
         for ratio in settings.ratios
     ]
-    arms = plan(
-        settings.targets, settings.evaluations, correctors=settings.correctors, ratios=settings.ratios
-    )
-    return chains + [("arm", asdict(arm)) for arm in arms]
+    arms: list[Task] = [
+        ("arm", asdict(arm))
+        for arm in plan(
+            settings.targets, settings.evaluations, correctors=settings.correctors, ratios=settings.ratios
+        )
+    ]
+    first = next((i for i, (_, arm) in enumerate(arms) if arm["score"] != "exact"), len(arms))
+    return arms[:first] + chains + arms[first:]
 
 
 def _file(folder: Path, task: Task, settings: Settings) -> Path:
     kind, fields = task
-    key = json.dumps(
-        [VERSION, kind, settings.samples, settings.seed, *sorted(fields.items())], sort_keys=True
-    )
+    kept = fields.get("nfe") == pictured(settings.evaluations)
+    version = [VERSION, target(fields["target"]).version, kept]
+    key = json.dumps([version, kind, settings.samples, settings.seed, *sorted(fields.items())])
     name = Arm.digest(key)
     return folder / "arms" / f"{kind}-{name}.json"
 
@@ -114,14 +124,19 @@ def run_task(task: Task, settings: Settings) -> dict[str, Any]:
     out = run_arm(arm, chosen, settings.samples, settings.seed)
     result = fields | {"kind": arm.kind, "used": out.nfe, "seconds": out.seconds, "levels": arm.levels}
     result |= {"acceptance": out.acceptance, "snr": out.snr, "displacement": out.displacement}
-    if arm.nfe == _CLOUD_NFE and chosen.shape == (2,):
+    if arm.nfe == pictured(settings.evaluations) and chosen.shape == (2,):
         result["cloud"] = np.round(torch.nan_to_num(out.x[:_CLOUD]).numpy(), 3).tolist()
+    if arm.nfe == pictured(settings.evaluations) and len(chosen.shape) == 3:
+        grey = 127.5 * (chosen.observe(torch.nan_to_num(out.x[:_PICTURES])) + 1)
+        result["pictures"] = grey.round().int().tolist()
     return result | {"measures": measure(out.x, chosen, settings.seed + 1)}
 
 
 def _work(task: Task, settings: Settings, path: str) -> None:
     torch.set_num_threads(1)
-    result = json.dumps(run_task(task, settings))
+    begin = time.process_time()
+    with threadpool_limits(1):  # two processes with two threads each are slower than with one
+        result = json.dumps(run_task(task, settings) | {"cpu": time.process_time() - begin})
     draft = Path(path).with_suffix(f".{os.getpid()}")
     draft.write_text(result, encoding="utf-8")
     draft.replace(path)  # whole or not at all
@@ -135,8 +150,8 @@ def run_study(
     Every task is kept in ``folder/arms`` as soon as it is done: the same settings go on where they stopped.
 
     Returns:
-        ``arms``, ``chains`` (lists of results), ``missing`` (tasks that the budget left out), ``seconds``,
-        ``settings``.
+        ``arms``, ``chains`` (lists of results), ``missing`` (tasks that the budget left out), ``seconds`` of this
+        run, ``cpu_seconds`` of all tasks, ``settings``.
     """
     place = Path(folder)
     (place / "arms").mkdir(parents=True, exist_ok=True)
@@ -160,6 +175,7 @@ def run_study(
         "chains": [r for r in found if "drift" in r],
         "missing": len(everything) - len(found),
         "seconds": seconds,
+        "cpu_seconds": sum(r["cpu"] for r in found),
         "settings": asdict(settings),
     }
     results["floor"] = floor(settings)
@@ -170,15 +186,12 @@ def run_study(
 def floor(settings: Settings) -> dict[str, Any]:
     """What exact samples would get: by target."""
     n, seed = settings.samples, settings.seed
-    return {
-        name: measure(target(name).sample(n, 20_000 + seed), target(name), seed + 1)
-        for name in settings.targets
-    }
+    return {name: measure(target(name).floor(n, seed), target(name), seed + 1) for name in settings.targets}
 
 
 def _weight(task: Task) -> int:
-    # Measuring costs as much as a hundred evaluations.
-    return 100 + task[1].get("nfe", 60)
+    # Measuring costs as much as fifty evaluations.
+    return 50 + task[1].get("nfe", 60)
 
 
 def _done(todo: Sequence[tuple[Task, Path]], settings: Settings, deadline: float) -> Iterator[Task]:

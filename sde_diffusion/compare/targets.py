@@ -13,6 +13,7 @@ from torch import Tensor
 from sde_diffusion.analytic import GaussianMixture
 from sde_diffusion.data.toy import grid
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.minibatch import MinibatchScore
 from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE, VP
 
@@ -20,7 +21,7 @@ from sde_diffusion.sdes import SDE, VP
 @dataclass(frozen=True, eq=False)
 class DiagonalScore:
     """The score, and log-density, of a diffused mixture whose covariances are diagonal in one common basis: the same
-    numbers as those of :class:`~sde_diffusion.analytic.MixtureScore`, by three products of matrices.
+    numbers as those of :class:`~sde_diffusion.analytic.MixtureScore`, by two products of matrices.
 
     Args:
         weights, means, variances: (K,), (K, D), (K, D), along the rows of ``basis`` (D, D), or the axes.
@@ -33,26 +34,43 @@ class DiagonalScore:
     sde: SDE
     basis: Tensor | None = None
 
-    def _parts(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Joint log-densities (B, K), precisions (K, D), precisions times means, and coordinates (B, D)."""
+    def matrices(self, t: float) -> tuple[Tensor, Tensor]:
+        """What a time makes of the mixture: ``A`` (K, 2 D + 1) with joint log-densities ``A [u, u^2, 1]``, and ``C``
+        (2 D, K) with ``C share = [sum share mean / v, sum share / v]``, in the coordinates ``u``."""
         alpha, variance = float(self.sde.alpha(t)), float(self.sde.variance(t))
-        u = x.double() if self.basis is None else x.double() @ self.basis.T
         v = alpha**2 * self.variances + variance
         precision, means = 1 / v, alpha * self.means
         shifted = means * precision
         constant = self.weights.log() - 0.5 * (means * shifted + (2 * math.pi * v).log()).sum(1)
-        return u @ shifted.T - 0.5 * u.square() @ precision.T + constant, precision, shifted, u
+        return torch.cat([shifted, -0.5 * precision, constant[:, None]], 1), torch.cat(
+            [shifted, precision], 1
+        ).T.contiguous()
+
+    def _joint(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Joint log-densities (K, B), the matrix ``C``, and the coordinates (D, B)."""
+        to_joint, back = _matrices(self, float(t))
+        u = (x.double() if self.basis is None else x.double() @ self.basis.T).T
+        return to_joint @ torch.cat([u, u.square(), u.new_ones(1, u.shape[1])]), back, u
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         """``grad_x log p_t(x)``, for one time ()."""
-        joint, precision, shifted, u = self._parts(x, t)
-        share = joint.softmax(1)
-        gradient = share @ shifted - u * (share @ precision)
-        return (gradient if self.basis is None else gradient @ self.basis).to(x.dtype)
+        joint, back, u = self._joint(x, t)
+        # Components in rows, samples in columns, and no softmax: four times as fast for a thousand samples.
+        share = joint.sub_(joint.amax(0)).exp_()
+        mixed = back @ share / share.sum(0)
+        gradient = (mixed[: len(u)] - u * mixed[len(u) :]).T
+        return (gradient if self.basis is None else gradient @ self.basis).to(x.dtype).contiguous()
 
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """``log p_t(x)`` in nats, (B,)."""
-        return self._parts(x, t)[0].logsumexp(1).to(x.dtype)
+        return self._joint(x, t)[0].logsumexp(0).to(x.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def _matrices(score: DiagonalScore, t: float) -> tuple[Tensor, Tensor]:
+    """A corrector and a predictor ask at the same time, one after the other."""
+    with torch.inference_mode(False):
+        return score.matrices(t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +99,15 @@ class Target:
         sde: the forward process.
         shape: of one sample.
         score: exact, or trained.
-        sample: exact samples (or data), ``(n, seed) -> (n, *shape)``.
+        sample: exact samples, or test data (at most ``n``), ``(n, seed) -> (n, *shape)``: what is compared with.
         mixture: the distribution itself, where it is one.
         modes: whether the components of the mixture are modes to be counted.
         features: of samples, for the Frechet distance; None where there are none.
         scale: the root mean square of a coordinate.
+        observe: of samples, what is compared: images at their grey levels.
+        fresh: real samples other than ``sample``, whose distance to it is the least there can be; default ``sample``
+            itself, with another seed.
+        version: of a trained score, whose folder may be trained on.
     """
 
     name: str
@@ -98,10 +120,29 @@ class Target:
     modes: bool = False
     features: Callable[[Tensor], object] | None = field(default=None, repr=False)
     scale: float = 1.0
+    observe: Callable[[Tensor], Tensor] = field(default=lambda x: x, repr=False)
+    fresh: Callable[[int, int], Tensor] | None = field(default=None, repr=False)
+    version: str = ""
+
+    def floor(self, n: int, seed: int) -> Tensor:
+        """Real samples that a perfect sampler would do no better than."""
+        return (self.fresh or self.sample)(n, 20_000 + seed)
 
     def biased(self, error: float = 0.5) -> BiasedScore:
         """The score with a known error."""
         return BiasedScore(self.score, self.sde, error, self.scale)
+
+    def minibatch(self, n: int, seed: int) -> MinibatchScore:
+        """For ``n`` samples the score of a random half of the components, another half in every evaluation."""
+        assert self.mixture is not None
+        count = len(self.mixture.weights)
+        generator = torch.Generator().manual_seed(seed)
+        return MinibatchScore(
+            self.mixture,
+            self.sde,
+            count // 2,
+            lambda: torch.randn(n, count, dtype=torch.float64, generator=generator),
+        )
 
 
 def _of_diagonal(

@@ -158,12 +158,14 @@ class Kernel:
 
 @dataclass
 class Chain:
-    """A run of a kernel."""
+    """A run of a kernel, with a report on the first of every ``every`` steps."""
 
     kernel: Kernel
     draw: NoiseSource
     record: Recorder | None = None
     memory: Memory = field(default_factory=Memory)
+    every: int = 1
+    taken: int = 0
 
     @property
     def steps(self) -> int:
@@ -176,8 +178,9 @@ class Chain:
         done, self.memory = self.kernel.move(
             sde, score, x, t, lambda: first.pop() if first else self.draw(), self.memory
         )
-        if self.record is not None:
+        if self.record is not None and self.taken % self.every == 0:
             self.record(report(sde, x, t, done))
+        self.taken += 1
         return done.x
 
 
