@@ -272,6 +272,8 @@ def config_differences(saved: Any, current: Any, may_change: Iterable[str] = ())
     free = tuple(may_change)
 
     def counts(key: str) -> bool:
+        if before.get(key, _ABSENT) is _ABSENT and now[key] is None:
+            return False  # a key that the version of the checkpoint did not have, and that is not set
         return not any(key == name or key.startswith(f"{name}.") for name in free)
 
     def text(value: Any) -> str:

@@ -163,6 +163,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         ),
         "label_dropout": Key(0.0, "probability of hiding a label from a class-conditional network"),
         "condition_on_augmentation": Key(False, "tell the network what the augmentation did"),
+        "init_from": Key(None, "begin with the averaged weights of the run in this folder: fine-tuning", str),
         "precision": Key(
             "auto", "of the network: float32, bfloat16, or auto: bfloat16 where the device has it"
         ),
@@ -295,6 +296,8 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "subset": Key(None, "evaluate so many steps for each image, at random; none: all", int),
         "clip": Key(False, "clip predicted data to [-1, 1]"),
         "draws": Key(100, "of the time for each image, of the bound in continuous time"),
+        "paths": Key(4, "of the chain for each image, of the importance-weighted bound; 0: none"),
+        "path_steps": Key(100, "of these paths, equal in log-SNR"),
         "ode": Key(True, "the likelihood of the probability-flow ODE beside, by the keys of likelihood.*"),
         "test_images": Key(None, "the first so many test images; none: all", int),
         "batch_size": Key(1024, "states at a time; it does not change the result"),

@@ -52,6 +52,10 @@ def _training(section: Section) -> list[str]:
     ]
 
 
+def _initial_weights(section: Section) -> list[str]:
+    return [f"of {section['folder']} after {section['step']} steps"]
+
+
 def _samples(section: Section) -> list[str]:
     picture = f" -> {section['picture']}" if "picture" in section else ""
     return [
@@ -150,6 +154,13 @@ def _bound(section: Section) -> list[str]:
                 f"{name}: {_error_bar(parts['total'])} {section['unit']} ({parts['total']['n']} samples){inner}, "
                 f"decoder {_error_bar(parts['decoder'])}"
             )
+    if "importance" in section:
+        parts = section["importance"]
+        lines.insert(
+            -1 if "ode" in section else len(lines),
+            f"importance-weighted, {parts['paths']} paths of {parts['steps']} steps: {_error_bar(parts['total'])}"
+            f" {section['unit']}; one path {_error_bar(parts['one_path'])}",
+        )
     return lines
 
 
@@ -164,6 +175,7 @@ def _import(section: Section) -> list[str]:
 
 
 _WRITERS: dict[str, Callable[[Section], list[str]]] = {
+    "initial_weights": _initial_weights,
     "training": _training,
     "samples": _samples,
     "samples_pc": _samples,

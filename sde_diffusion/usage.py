@@ -18,8 +18,8 @@ MODE
                then draws sample grids by predictor-corrector and by ODE, evaluates bits/dim and quality
   sample       draws sampling.n samples from the trained model in DIR: samples.npz, samples.png
   likelihood   evaluates bits/dim of test and training data: likelihood.csv (each image), likelihood.png
-  bound        evaluates the variational bound term by term, beside its limit in continuous time and the
-               likelihood by the ODE: bound.csv (each term), bound.png
+  bound        evaluates the variational bound term by term, beside its limit in continuous time, the
+               importance-weighted bound and the likelihood by the ODE: bound.csv (each term), bound.png
   compare      predictors and correctors at equal numbers of evaluations, on targets known exactly and on runs
                (compare.targets): report.html, results.json in DIR (runs/correctors); the same command goes on
   import       makes DIR the run of a published model, for the modes above and sde_diffusion.load:
