@@ -15,8 +15,8 @@ VARIANTS = ("finetune", "first")
 
 
 def get_config(variant: str = "finetune") -> ConfigDict:
-    """``first`` trains with the simple weighting and uniform times (Ho et al. 2020); ``finetune`` goes on from it with
-    the likelihood weighting and times drawn by its density (Song, Durkan, Murray, Ermon 2021)."""
+    """``first`` trains with the simple weighting and uniform times (Ho et al. 2020); ``finetune`` goes on from it
+    with the likelihood weighting and times drawn by its density (Song, Durkan, Murray, Ermon 2021)."""
     if variant not in VARIANTS:
         raise unknown_name("variant of this config", variant, VARIANTS)
     config = default_config()

@@ -33,12 +33,13 @@ def bound(run: Run, place: Workdir, progress: bool = False) -> dict[str, Any]:
     """The bound of test data with its parts, each with its standard error over samples.
 
     A model trained on the centres of grey levels (``training.dequantize=False``) codes these, by the discretized
-    decoder; any other has densities, of dequantized images or of vectors. All totals are of the same data and network:
-    the chain's, its limit in continuous time, the importance-weighted bound of a chain with equal steps in log-SNR
-    (beside it, of the same paths, that of one path), and the probability-flow ODE's.
+    decoder; any other has densities, of dequantized images or of vectors. All totals are of the same data and
+    network: the chain's, its limit in continuous time, the importance-weighted bound of a chain with equal steps in
+    log-SNR (beside it, of the same paths, that of one path), and the probability-flow ODE's.
 
-    The first three bound the likelihood of the stochastic model, and the third is the tightest of its chain. The ODE's
-    is that of another model, equal to it where the score is the exact one (:mod:`sde_diffusion.importance_bound`).
+    The first three bound the likelihood of the stochastic model, and the third is the tightest of its chain. The
+    ODE's is that of another model, equal to it where the score is the exact one
+    (:mod:`sde_diffusion.importance_bound`).
 
     Writes ``bound.csv``, a line for each term, and ``bound.png``.
     """

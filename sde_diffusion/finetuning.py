@@ -33,8 +33,8 @@ def weights_hash(model: ScoreModel) -> str:
 def load_initial_weights(
     model: ScoreModel, config: ConfigDict, info: DataInfo, place: Workdir
 ) -> dict[str, Any]:
-    """Loads the averaged weights of the run in ``training.init_from`` into ``model``, which is in training mode and on
-    the CPU. Nothing else is taken over: optimizer, averages, order of the data and schedules begin anew.
+    """Loads the averaged weights of the run in ``training.init_from`` into ``model``, which is in training mode and
+    on the CPU. Nothing else is taken over: optimizer, averages, order of the data and schedules begin anew.
 
     Args:
         model: as ``config`` says, for the data of ``info``.

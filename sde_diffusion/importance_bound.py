@@ -5,18 +5,19 @@ A chain ``x_0, x_1, .., x_n`` at times ``t_1 < .. < t_n`` models the data by its
 
     log w = log p(x_n) / q(x_n | x_0) + sum_{i=2}^{n} log p(x_{i-1} | x_i) / q(x_{i-1} | x_i, x_0) + log p(x_0 | x_1),
 
-as short steps turn it into what Girsanov's theorem gives for the two diffusions. ``E w = p(x_0)``, the likelihood of the
-chain itself, hence (Burda, Grosse, Salakhutdinov 2016)
+as short steps turn it into what Girsanov's theorem gives for the two diffusions. ``E w = p(x_0)``, the likelihood of
+the chain itself, hence (Burda, Grosse, Salakhutdinov 2016)
 
     L_K = E log mean_{k <= K} w_k,    L_1 <= L_2 <= .. <= log p(x_0):
 
-``-L_1`` is the bound of :func:`~sde_diffusion.bound.variational_bound`, and L_K rises to the truth with K. The spread of
-the weights is the error of the score and of the steps: with the exact score and short steps every path weighs ``p(x_0)``.
+``-L_1`` is the bound of :func:`~sde_diffusion.bound.variational_bound`, and L_K rises to the truth with K. The
+spread of the weights is the error of the score and of the steps: with the exact score and short steps every path
+weighs ``p(x_0)``.
 
 What is bounded is the likelihood of the *stochastic* model: of the chain, and for short steps of the reverse SDE. The
-probability-flow ODE of the same score is another model unless the score is that of its own density, and its likelihood
-may lie on either side (Song, Durkan, Murray, Ermon 2021, "Maximum likelihood training of score-based diffusion models",
-section 4).
+probability-flow ODE of the same score is another model unless the score is that of its own density, and its
+likelihood may lie on either side (Song, Durkan, Murray, Ermon 2021, "Maximum likelihood training of score-based
+diffusion models", section 4).
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class PathWeights:
     nfe: float
 
     def bound(self, paths: int | None = None) -> Tensor:
-        """An unbiased estimate of ``L_paths`` in nats, (B,): the mean over all groups of so many that K can be cut into;
-        default K. For divisors of one another it rises for every sample, not only on average (by concavity).
+        """An unbiased estimate of ``L_paths`` in nats, (B,): the mean over all groups of so many that K can be cut
+        into; default K. For divisors of one another it rises for every sample, not only on average (by concavity).
 
         Raises:
             ValueError: K is no multiple of ``paths``.
@@ -160,8 +161,8 @@ def importance_bound(
 
 
 def _path_noise(x0: Tensor, seed: int, samples: Tensor, numbers: Tensor) -> Callable[[int], Tensor]:
-    """``noise(step)`` of pairs of a sample and the number of its path, (N, *D) float64: path k of a sample has a seed of
-    its own."""
+    """``noise(step)`` of pairs of a sample and the number of its path, (N, *D) float64: path k of a sample has a
+    seed of its own."""
     order = torch.argsort(numbers, stable=True)
     back, counts = torch.argsort(order), torch.unique_consecutive(numbers[order], return_counts=True)
     groups = list(zip(counts[0].tolist(), samples[order].split(counts[1].tolist()), strict=True))

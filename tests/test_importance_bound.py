@@ -1,7 +1,9 @@
-"""The importance-weighted bound: its weights average to the likelihood, and bounds bracket what theory says they do."""
+"""The importance-weighted bound: its weights average to the likelihood, and bounds bracket what theory says they
+do."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -94,7 +96,7 @@ def test_weights_average_to_the_likelihood_of_the_chain_and_bounds_rise_to_it(
     assert float(weights.mean()) == pytest.approx(1, abs=4 * error)
     # On the same images: L_1 <= L_2 <= .. <= log p, by more than the error of their differences.
     bounds = [found.bound(k) for k in (1, 4, 16, 64)] + [exact]
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+    for low, high in itertools.pairwise(bounds):
         gap = high - low
         assert float(gap.mean()) > -3 * float(gap.std()) / len(x) ** 0.5
     assert float((bounds[1] - bounds[0]).min()) >= 0
