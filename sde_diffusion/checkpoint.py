@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ __all__ = [
     "plain",
     "read_checkpoint",
     "versions",
+    "weights_hash",
     "write_checkpoint",
 ]
 
@@ -246,6 +248,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     if differences:
         raise CheckpointError(f"the weights in {source} are of another model:{describe(differences)}")
     model.load_state_dict(weights)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of all weights, by name: two models with the same are the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

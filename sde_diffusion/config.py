@@ -287,6 +287,9 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "importance": Key(False, "weight the draws by importance instead of averaging: a tighter bound"),
         "pilot_images": Key(8, "test images evaluated again to take the error apart; 0: none"),
         "test_images": Key(None, "evaluate the first so many test images; none: all", int),
+        "images": Key(
+            None, "a .npy file of images as grey levels, evaluated instead of test and training data", str
+        ),
         "train_images": Key(None, "and so many training images beside them; none: as many; 0: none", int),
         "batch_size": Key(360, "images at a time; it does not change the result"),
     },

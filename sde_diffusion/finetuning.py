@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-import torch
 from ml_collections import ConfigDict
 
 from sde_diffusion.build import DataInfo
-from sde_diffusion.checkpoint import CheckpointError, config_differences, load_weights
+from sde_diffusion.checkpoint import CheckpointError, config_differences, load_weights, weights_hash
 from sde_diffusion.config import UsageError
 from sde_diffusion.runs import load
 from sde_diffusion.score import ScoreModel
 from sde_diffusion.workdir import Workdir
 
-__all__ = ["load_initial_weights", "weights_hash"]
+__all__ = ["load_initial_weights"]
 
 _MAY_DIFFER = ("model.dropout", "model.checkpointing", "sde.t_min")
 """What changes neither the weights nor what they mean."""
-
-
-def weights_hash(model: ScoreModel) -> str:
-    """SHA-256 of all weights, by name: two models with the same are the same."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def load_initial_weights(

@@ -277,7 +277,11 @@ def likelihood_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     build.positive(config, "seed", 0)
     build.likelihood(config)
     run = _load(config, workdir)
-    assert run.data is not None  # loaded now: what is wrong with the data is an error of usage
+    # Loaded now: what is wrong with the data is an error of usage.
+    if config.likelihood.images is None:
+        assert run.data is not None
+    else:
+        evaluation.given_images(config.likelihood.images, run.info)
     fitted = place.read_metrics().get("baseline", {}).get("test_bits_per_dim")
     references = {} if fitted is None else {"Gaussian mixture, test": float(fitted)}
     sections = _Sections(place)

@@ -66,13 +66,15 @@ def _samples(section: Section) -> list[str]:
 
 def _likelihood(section: Section) -> list[str]:
     lines = []
-    for part in ("test", "train"):
+    for part in ("images", "test", "train"):
         if part in section:
             values = section[part]
             exact = f"; the true density has {_error_bar(values['exact'])}" if "exact" in values else ""
             lines.append(f"{part}: {_error_bar(values)} {section['unit']} ({values['n']} samples){exact}")
             if "failed" in values:
-                lines.append(f"{part}: failed, and left out: {', '.join(map(str, values['failed']))}")
+                wrong = values.get("off_the_grid", [])
+                why = f" (no grey levels: {', '.join(map(str, wrong))})" if wrong else ""
+                lines.append(f"{part}: failed, and left out: {', '.join(map(str, values['failed']))}{why}")
     if "error_of_the_mean" in section:
         parts = ("between_images", "dequantization", "probes", "solver")
         lines.append(

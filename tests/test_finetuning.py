@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sde_diffusion.checkpoint import config_differences, read_checkpoint
-from sde_diffusion.finetuning import weights_hash
+from sde_diffusion.checkpoint import config_differences, read_checkpoint, weights_hash
 from sde_diffusion.runs import load
 from tiny import NO_REPORT, POINTS, command, keywords
 

@@ -60,12 +60,12 @@ def test_the_cheapest_plan_meets_the_error_and_nothing_cheaper_does() -> None:
     assert plan is not None and plan.error <= 0.02
     for draws in range(1, 65):
         for probes in range(1, 17):
-            error = math.hypot(math.sqrt((0.04 + 0.36 / probes) / draws / 100), 0.001)
+            error = math.hypot(math.sqrt((0.04 + 0.36 / probes) / draws / 100), 0.001, 0.01 / math.sqrt(8))
             cost = draws * (1 + 0.7 * probes)
             assert error > 0.02 or cost >= plan.cost
             if (draws, probes) == (plan.dequantizations, plan.probes):
                 assert (error, cost) == pytest.approx((plan.error, plan.cost))
-    assert cheapest(components, 100, 0.0009) is None  # the solver alone is worse
+    assert cheapest(components, 10**6, 0.0035) is None  # the solver alone is worse
     assert cheapest(components, 1, 0.005) is None
 
 
@@ -114,7 +114,7 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Path, monkeypatch: pytes
     assert again["test"]["mean"] == pytest.approx(whole["test"]["mean"], rel=1e-6)
     assert rows(trained) == expected
     # Other settings begin anew.
-    partial.write_text("another\n" + json.dumps(["test", 0, "", 1.0, 1]) + "\n")
+    partial.write_text("another\n" + json.dumps(["test", 0, "", 1.0, 1, 0.1]) + "\n")
     assert "resumed_after" not in report(trained, likelihood__pilot_images=0)["test"]
 
 
