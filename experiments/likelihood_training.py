@@ -5,7 +5,8 @@
 A network that predicts noise, trained with the simple weighting and uniform times; the same number of steps with the
 last third fine-tuned for likelihood from the averaged weights of the first two; the likelihood objective from the
 start; and a network that predicts grey levels. All have the same size, data, seed and number of steps. The likelihood
-is that of the probability-flow ODE with uniform dequantization; differences are paired, image by image.
+is that of the probability-flow ODE with uniform dequantization, and beside it stands the variational bound in
+continuous time, which is what the likelihood objective minimises; differences are paired, image by image.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from torch import Tensor
 
 import sde_diffusion as sd
 from sde_diffusion.config import changed
+from sde_diffusion.data import to_model
 from sde_diffusion.evaluation import mean_and_error
 from sde_diffusion.jobs import train_job
+from sde_diffusion.likelihood import dequantization_noise
+from sde_diffusion.runs import Run
 from sde_diffusion.workdir import Workdir
 
 SIMPLE = {
@@ -36,8 +40,9 @@ COMMON = {
     "device": "cpu",
 }
 NAMES = {
+    "first": "noise, simple weighting, two thirds of the steps",
     "simple": "noise, simple weighting",
-    "finetuned": "the same, last third fine-tuned for likelihood",
+    "finetuned": "noise, two thirds simple, one third fine-tuned for likelihood",
     "likelihood": "noise, likelihood weighting throughout",
     "levels": "grey levels, likelihood weighting throughout",
 }
@@ -71,13 +76,27 @@ def train(arm: str, folder: Path, steps: int) -> None:
         train_job(config, folder / arm)
 
 
-def evaluate(arm: str, folder: Path, images: int) -> Tensor:
-    """Bits/dim of the first test images, (images,); kept in the folder of the arm."""
-    kept = folder / arm / f"bits_{images}.json"
-    if not kept.is_file():
-        run = sd.load(folder / arm, device="cpu")
-        kept.write_text(json.dumps(run.bits_per_dim(run.data.test[:images], seed=0).tolist()))
-    return torch.tensor(json.loads(kept.read_text()), dtype=torch.float64)
+def evaluate(arm: str, folder: Path, images: int) -> dict[str, Tensor]:
+    """Bits/dim of the first test images by the ODE and by the bound, (images,) each; kept in the folder of the arm."""
+    found = {}
+    for kind, compute in {"ode": by_ode, "bound": by_bound}.items():
+        kept = folder / arm / f"{kind}_{images}.json"
+        if not kept.is_file():
+            kept.write_text(json.dumps(compute(sd.load(folder / arm, device="cpu"), images).tolist()))
+        found[kind] = torch.tensor(json.loads(kept.read_text()), dtype=torch.float64)
+    return found
+
+
+def by_ode(run: Run, images: int) -> Tensor:
+    """Bits/dim through the probability flow."""
+    return run.bits_per_dim(run.data.test[:images], seed=0)
+
+
+def by_bound(run: Run, images: int) -> Tensor:
+    """The variational bound on bits/dim of the same dequantized images."""
+    levels, count = run.data.test[:images], run.data.levels
+    x = to_model(levels, count, dequantization_noise(levels.shape, seed=0))
+    return sd.continuous_bound(run.sde, run.model, x, draws=50).bits_per_dim(levels=count)
 
 
 def cell(values: Tensor) -> str:
