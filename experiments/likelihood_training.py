@@ -77,7 +77,8 @@ def train(arm: str, folder: Path, steps: int) -> None:
 
 
 def evaluate(arm: str, folder: Path, images: int) -> dict[str, Tensor]:
-    """Bits/dim of the first test images by the ODE and by the bound, (images,) each; kept in the folder of the arm."""
+    """Bits/dim of the first test images by the ODE and by the bound, (images,) each; kept in the folder of the
+    arm."""
     found = {}
     for kind, compute in {"ode": by_ode, "bound": by_bound}.items():
         kept = folder / arm / f"{kind}_{images}.json"

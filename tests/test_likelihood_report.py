@@ -264,7 +264,7 @@ def test_an_evaluation_killed_in_its_middle_goes_on_to_the_same_figures(
     trained: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(trained, tmp_path / "run")
-    given = {"likelihood__test_images": 24, "likelihood__batch_size": 1, "likelihood__pilot_images": 0}
+    given = {"likelihood__test_images": 12, "likelihood__batch_size": 1, "likelihood__pilot_images": 0}
     changes = IMAGES | {"sde__t_min": 1e-3, "likelihood__rtol": 0.1, "likelihood__atol": 0.1} | given
     words = [sys.executable, "-m", "sde_diffusion.run", *arguments("likelihood", folder, **changes)]
     partial = folder / "likelihood_partial.csv"
@@ -278,7 +278,7 @@ def test_an_evaluation_killed_in_its_middle_goes_on_to_the_same_figures(
         process.kill()
         process.wait()
     done = len(partial.read_text().splitlines()) - 1
-    assert 3 <= done < 24
+    assert 3 <= done < 12
     assert command("likelihood", folder, **changes) == 0
     section = json.loads((folder / "metrics.json").read_text())["likelihood"]
     assert done - 1 <= section["test"]["resumed_after"] <= done
