@@ -300,7 +300,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "clip": Key(False, "clip predicted data to [-1, 1]"),
         "draws": Key(100, "of the time for each image, of the bound in continuous time"),
         "paths": Key(4, "of the chain for each image, of the importance-weighted bound; 0: none"),
-        "path_steps": Key(100, "of these paths, equal in log-SNR"),
+        "path_steps": Key(250, "of these paths, equal in log-SNR; the bound is of the chain that they make"),
         "ode": Key(True, "the likelihood of the probability-flow ODE beside, by the keys of likelihood.*"),
         "test_images": Key(None, "the first so many test images; none: all", int),
         "batch_size": Key(1024, "states at a time; it does not change the result"),
