@@ -34,6 +34,7 @@ from sde_diffusion.decoders import DiscretizedGaussian, GaussianDecoder
 from sde_diffusion.dequantization import TruncatedNormalDequantization, UniformDequantization
 from sde_diffusion.divergence import ExactDivergence, HutchinsonDivergence, HutchPlusPlus
 from sde_diffusion.ends import prior_mismatch, truncation_offset
+from sde_diffusion.importance_bound import PathWeights, importance_bound
 from sde_diffusion.learned_schedule import LearnedSchedule
 from sde_diffusion.learned_variance import LearnedVarianceModel
 from sde_diffusion.likelihood import (

@@ -32,7 +32,7 @@ from torch import Tensor
 from sde_diffusion.decoders import Decoder, GaussianDecoder
 from sde_diffusion.likelihood import bits_per_dim, log_likelihood
 from sde_diffusion.noise import BOUND, SampleNoise
-from sde_diffusion.reverse_steps import ReverseSteps, normal_kl, sum_dims
+from sde_diffusion.reverse_steps import ReverseSteps, check_states, normal_kl, sum_dims
 from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import expand
@@ -137,13 +137,6 @@ def clipped_score(sde: SDE, score: Callable[..., Tensor]) -> Callable[..., Tenso
 # ------------------------------------------------------------ the three bounds
 
 
-def _check_data(x: Tensor) -> None:
-    if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64) or len(x) < 1:
-        raise ValueError(f"x must be float32 or float64 of shape (B, *D), got {x.dtype} {tuple(x.shape)}")
-    if not bool(torch.isfinite(x).all()):
-        raise ValueError("x holds values that are not finite")
-
-
 def _positive(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
@@ -242,7 +235,7 @@ def variational_bound(
         ValueError: data that are not finite floats, or do not suit the decoder; fewer than 2 steps; no chain
             and no times.
     """
-    _check_data(x0)
+    check_states(x0)
     _positive("batch_size", batch_size)
     if steps is not None:
         _positive("steps", steps)
@@ -324,7 +317,7 @@ def continuous_bound(
     Raises:
         ValueError: as for :func:`variational_bound`.
     """
-    _check_data(x0)
+    check_states(x0)
     _positive("batch_size", batch_size)
     _positive("draws", draws)
     source = _Draws(x0, seed, first_index)
@@ -384,7 +377,7 @@ def ode_bound(
     Returns:
         As ``prior`` the part of the ODE, ``log q(z | x_0) - log p_ODE(z)``; no terms.
     """
-    _check_data(x0)
+    check_states(x0)
     source = _Draws(x0, seed, first_index)
     noise = source.normal(torch.arange(len(x0), device=x0.device), 1)
     with torch.no_grad():

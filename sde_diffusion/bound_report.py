@@ -17,20 +17,29 @@ from sde_diffusion.bound import Bound, clipped_score, continuous_bound, ode_boun
 from sde_diffusion.data import to_model
 from sde_diffusion.decoders import Decoder, DiscretizedGaussian, GaussianDecoder
 from sde_diffusion.evaluation import mean_and_error, subset
+from sde_diffusion.importance_bound import PathWeights, importance_bound
 from sde_diffusion.likelihood import dequantization_noise
 from sde_diffusion.runs import Run
-from sde_diffusion.times import uniform_times
+from sde_diffusion.times import log_snr_times, uniform_times
 from sde_diffusion.workdir import Workdir
 
 __all__ = ["bound"]
+
+Convert = Callable[..., Tensor]
+"""``convert(nats, levels=None)``."""
 
 
 def bound(run: Run, place: Workdir, progress: bool = False) -> dict[str, Any]:
     """The bound of test data with its parts, each with its standard error over samples.
 
     A model trained on the centres of grey levels (``training.dequantize=False``) codes these, by the discretized
-    decoder; any other has densities, of dequantized images or of vectors. The three totals are of the same data, and
-    of the same model: the chain's, its limit in continuous time, and the probability-flow ODE's.
+    decoder; any other has densities, of dequantized images or of vectors. All totals are of the same data and
+    network: the chain's, its limit in continuous time, the importance-weighted bound of a chain with equal steps in
+    log-SNR (beside it, of the same paths, that of one path), and the probability-flow ODE's.
+
+    The first three bound the likelihood of the stochastic model, and the third is the tightest of its chain. The
+    ODE's is that of another model, equal to it where the score is the exact one
+    (:mod:`sde_diffusion.importance_bound`).
 
     Writes ``bound.csv``, a line for each term, and ``bound.png``.
     """
@@ -41,6 +50,7 @@ def bound(run: Run, place: Workdir, progress: bool = False) -> dict[str, Any]:
     if run.config.model.class_conditional and data.test_labels is not None:
         cond["y"] = data.test_labels[chosen].to(run.device)
     times = getattr(run.sde, "times", partial(uniform_times, run.sde, settings.steps - 1))()
+    learned = bool(run.config.model.learned_variance)
     common: dict[str, Any] = {"decoder": decoder, "seed": int(run.config.seed)}
     inner = len(times) - 1 if settings.subset is None else min(settings.subset, len(times) - 1)
 
@@ -92,6 +102,25 @@ def bound(run: Run, place: Workdir, progress: bool = False) -> dict[str, Any]:
         nfe = sum(p.nfe * len(p.prior) for p in parts) / len(x)
         return Bound(prior, prior.new_zeros(len(x), 0), decoded, prior.new_zeros(0), parts[0].dims, nfe)
 
+    def weighted() -> PathWeights:
+        steps = settings.path_steps
+        with tqdm(
+            total=len(x) * settings.paths * steps, unit="state", disable=not progress, leave=False
+        ) as bar:
+            return importance_bound(
+                run.sde,
+                run.model,
+                x,
+                times=log_snr_times(run.sde, steps - 1),
+                paths=settings.paths,
+                variance=build.reverse_variance(run.config, run.model) if learned else None,
+                clip=settings.clip,
+                cond=cond,
+                batch_size=settings.batch_size,
+                progress=bar.update,
+                **common,
+            )
+
     kinds: dict[str, Callable[[], Bound]] = {"chain": chain, "continuous": continuous}
     if settings.ode:
         kinds["ode"] = ode
@@ -108,8 +137,19 @@ def bound(run: Run, place: Workdir, progress: bool = False) -> dict[str, Any]:
         started = time.perf_counter()
         results[name] = result = compute()
         section[name] = {
-            **{part: mean_and_error(value) for part, value in _parts(result, run, levels).items()},
+            **{
+                part: mean_and_error(value)
+                for part, value in _parts(result, _unit(result, run), levels).items()
+            },
             "nfe": result.nfe,
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+    if settings.paths:
+        started = time.perf_counter()
+        found = weighted()
+        section["importance"] = _importance(found, _unit(results["chain"], run), levels) | {
+            "steps": settings.path_steps,
+            "nfe": found.nfe,
             "seconds": round(time.perf_counter() - started, 3),
         }
     section["settings"] = run.config.bound.to_dict()
@@ -128,12 +168,25 @@ def _data(run: Run, chosen: Tensor) -> tuple[Tensor, Decoder, int | None]:
     return to_model(x, levels, noise), GaussianDecoder(), levels
 
 
-def _parts(result: Bound, run: Run, levels: int | None) -> dict[str, Tensor]:
+def _importance(found: PathWeights, convert: Convert, levels: int | None) -> dict[str, Any]:
+    """The bound by all paths, by one, and what all gain over one, in the unit of the section."""
+    one, together = convert(-found.bound(1), levels=levels), convert(-found.bound(), levels=levels)
+    return {
+        "total": mean_and_error(together),
+        "one_path": mean_and_error(one),
+        "gain": mean_and_error(one - together),
+        "paths": found.log_weights.shape[1],
+        "effective_paths": float(found.effective_paths.mean()),
+    }
+
+
+def _unit(result: Bound, run: Run) -> Convert:
+    """From nats to the unit of the section."""
+    return result.bits_per_dim if run.info.levels is not None else lambda nats, levels=None: nats
+
+
+def _parts(result: Bound, convert: Convert, levels: int | None) -> dict[str, Tensor]:
     """The total and its parts in the unit of the section; what is not of the data goes with the decoder."""
-    if run.info.levels is None:
-        convert: Callable[..., Tensor] = lambda nats, levels=None: nats  # noqa: E731
-    else:
-        convert = result.bits_per_dim
     return {
         "total": convert(result.total, levels=levels),
         "prior": convert(result.prior),

@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -27,6 +28,7 @@ __all__ = [
     "plain",
     "read_checkpoint",
     "versions",
+    "weights_hash",
     "write_checkpoint",
 ]
 
@@ -248,6 +250,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     model.load_state_dict(weights)
 
 
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of all weights, by name: two models with the same are the same."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {prefix: value}
@@ -272,6 +283,8 @@ def config_differences(saved: Any, current: Any, may_change: Iterable[str] = ())
     free = tuple(may_change)
 
     def counts(key: str) -> bool:
+        if before.get(key, _ABSENT) is _ABSENT and now[key] is None:
+            return False  # a key that the version of the checkpoint did not have, and that is not set
         return not any(key == name or key.startswith(f"{name}.") for name in free)
 
     def text(value: Any) -> str:

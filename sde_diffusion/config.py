@@ -164,6 +164,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         ),
         "label_dropout": Key(0.0, "probability of hiding a label from a class-conditional network"),
         "condition_on_augmentation": Key(False, "tell the network what the augmentation did"),
+        "init_from": Key(None, "begin with the averaged weights of the run in this folder: fine-tuning", str),
         "precision": Key(
             "auto", "of the network: float32, bfloat16, or auto: bfloat16 where the device has it"
         ),
@@ -287,6 +288,9 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "importance": Key(False, "weight the draws by importance instead of averaging: a tighter bound"),
         "pilot_images": Key(8, "test images evaluated again to take the error apart; 0: none"),
         "test_images": Key(None, "evaluate the first so many test images; none: all", int),
+        "images": Key(
+            None, "a .npy file of images as grey levels, evaluated instead of test and training data", str
+        ),
         "train_images": Key(None, "and so many training images beside them; none: as many; 0: none", int),
         "batch_size": Key(360, "images at a time; it does not change the result"),
     },
@@ -296,6 +300,8 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "subset": Key(None, "evaluate so many steps for each image, at random; none: all", int),
         "clip": Key(False, "clip predicted data to [-1, 1]"),
         "draws": Key(100, "of the time for each image, of the bound in continuous time"),
+        "paths": Key(4, "of the chain for each image, of the importance-weighted bound; 0: none"),
+        "path_steps": Key(250, "of these paths, equal in log-SNR; the bound is of the chain that they make"),
         "ode": Key(True, "the likelihood of the probability-flow ODE beside, by the keys of likelihood.*"),
         "test_images": Key(None, "the first so many test images; none: all", int),
         "batch_size": Key(1024, "states at a time; it does not change the result"),

@@ -29,6 +29,7 @@ __all__ = [
     "cell_log_volume",
     "combine",
     "dequantized",
+    "off_the_grid",
 ]
 
 
@@ -126,20 +127,25 @@ def dequantized(
     return v.float(), log_q
 
 
+def off_the_grid(images: Tensor, count: int) -> Tensor:
+    """Which values of ``images`` are no integers from 0 to ``count - 1``, bool of the same shape; NaN is none."""
+    values = images.double()
+    return ~((values >= 0) & (values <= count - 1) & (values == values.round()))
+
+
 def check_grey_levels(levels: Tensor, count: int) -> None:
     """Raises ValueError for values that are not integers from 0 to ``count - 1``, naming their images."""
     if isinstance(count, bool) or not isinstance(count, int) or count < 2:
         raise ValueError(f"levels must be an integer >= 2, got {count!r}")
     if levels.dtype == torch.bool or levels.is_complex():
         raise ValueError(f"images must hold grey levels 0 .. {count - 1}, got {levels.dtype}")
-    values = levels.flatten(1).double()
-    wrong = ~((values >= 0) & (values <= count - 1) & (values == values.round()))
+    wrong = off_the_grid(levels, count)
     if bool(wrong.any()):
-        images = wrong.any(1).nonzero().flatten().tolist()
+        images = wrong.flatten(1).any(1).nonzero().flatten().tolist()
         more = f" and {len(images) - 10} more" if len(images) > 10 else ""
         raise ValueError(
             f"images must hold grey levels 0 .. {count - 1}; images {', '.join(map(str, images[:10]))}{more} hold "
-            f"others, such as {float(values[wrong][0]):.6g}"
+            f"others, such as {float(levels[wrong][0]):.6g}"
         )
 
 

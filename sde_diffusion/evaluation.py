@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import metrics, pictures
+from sde_diffusion.build import DataInfo
+from sde_diffusion.config import UsageError
 from sde_diffusion.data import DataSet, epoch_order, from_model
+from sde_diffusion.data.arrays import read_arrays
 from sde_diffusion.runs import Run, Samples
 from sde_diffusion.workdir import Workdir
 
@@ -84,6 +87,40 @@ def part_of(data: DataSet, part: str, chosen: Tensor) -> tuple[Tensor, Tensor | 
     """Chosen samples of ``test`` or ``train`` data, and their labels if they have any."""
     x, labels = (data.test, data.test_labels) if part == "test" else (data.train, data.train_labels)
     return x[chosen], None if labels is None else labels[chosen]
+
+
+def given_images(path: str, info: DataInfo) -> Tensor:
+    """The images of an ``.npy`` or ``.npz`` file with one array, as values (N, C, H, W) of any type; whether they are
+    grey levels is not looked at.
+
+    Raises:
+        UsageError: the run is not of images; there is no such file; it holds several arrays or no numbers; the images
+            are of another shape than the model's.
+    """
+    if not info.is_image:
+        raise UsageError(f"config.likelihood.images is for models of images, and {info.name!r} has vectors")
+    try:
+        arrays = read_arrays(Path(path))
+    except ValueError as error:
+        raise UsageError(f"config.likelihood.images: {' '.join(str(error).split())}") from None
+    if len(arrays) != 1:
+        raise UsageError(f"config.likelihood.images: {path} must hold one array, got {sorted(arrays)}")
+    array = next(iter(arrays.values()))
+    if array.dtype.kind not in "iuf" or len(array) < 1:
+        raise UsageError(
+            f"config.likelihood.images: {path} must hold numbers, got {array.dtype} {array.shape}"
+        )
+    x = torch.from_numpy(array.astype("float64" if array.dtype.kind == "f" else "int64"))
+    c, h, w = info.shape
+    if x.ndim == 3 and c == 1:
+        x = x.unsqueeze(1)
+    elif x.ndim == 4 and x.shape[1:] == (h, w, c):
+        x = x.permute(0, 3, 1, 2)
+    if tuple(x.shape[1:]) != info.shape:
+        raise UsageError(
+            f"config.likelihood.images: the model is of images {info.shape}, and {path} holds {tuple(array.shape)}"
+        )
+    return x.contiguous()
 
 
 def as_pictures(levels: Tensor, run: Run) -> Tensor:

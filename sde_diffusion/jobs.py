@@ -26,6 +26,7 @@ from sde_diffusion.checkpoint import CheckpointError
 from sde_diffusion.compare.job import compare_job
 from sde_diffusion.config import UsageError, changed
 from sde_diffusion.data import from_model
+from sde_diffusion.finetuning import load_initial_weights
 from sde_diffusion.imported import IMPORTED, import_config, read_source, write_imported
 from sde_diffusion.pretrained.native import network_of
 from sde_diffusion.runs import Run, Samples, load
@@ -88,6 +89,9 @@ def train_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     data = build.dataset(config)
     info = DataInfo.of(data)
     model = build.score_model(config, info)
+    origin = None
+    if config.training.init_from is not None and not place.checkpoints.paths():
+        origin = load_initial_weights(model, config, info, place)
     size = sum(p.numel() for p in model.parameters())
     try:
         trainer = Trainer(
@@ -102,6 +106,9 @@ def train_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"config.training: {error}") from error
     place.write_config(config)
+    if origin is not None:
+        place.merge_metrics(initial_weights=origin)
+        _say(f"beginning with the averaged weights of {origin['folder']} after {origin['step']} steps")
     _say(
         f"training on {info.name} ({len(data.train)} samples of {'x'.join(map(str, info.shape))}, "
         f"{len(data.test)} held out), {process}, {size:,} parameters, on {device.type}; "
@@ -196,7 +203,7 @@ def _evaluate(run: Run, place: Workdir) -> dict[str, Any]:
         x, y = drawn[method].x[: report.quality_samples], drawn[method].y
         labels = None if y is None else y[: len(x)]
         sections.add("quality", what, lambda: evaluation.quality(run, place, x, method, labels))
-    return _finish(run, place, sections, ("training", *_EVALUATION))
+    return _finish(run, place, sections, ("initial_weights", "training", *_EVALUATION))
 
 
 def _finish(run: Run, place: Workdir, sections: _Sections, shown: tuple[str, ...]) -> dict[str, Any]:
@@ -270,7 +277,11 @@ def likelihood_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     build.positive(config, "seed", 0)
     build.likelihood(config)
     run = _load(config, workdir)
-    assert run.data is not None  # loaded now: what is wrong with the data is an error of usage
+    # Loaded now: what is wrong with the data is an error of usage.
+    if config.likelihood.images is None:
+        assert run.data is not None
+    else:
+        evaluation.given_images(config.likelihood.images, run.info)
     fitted = place.read_metrics().get("baseline", {}).get("test_bits_per_dim")
     references = {} if fitted is None else {"Gaussian mixture, test": float(fitted)}
     sections = _Sections(place)

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import build, pictures
+from sde_diffusion.checkpoint import weights_hash
+from sde_diffusion.dequantization import off_the_grid
 from sde_diffusion.ends import prior_mismatch
-from sde_diffusion.evaluation import as_pictures, mean_and_error, part_of, subset
+from sde_diffusion.evaluation import as_pictures, given_images, mean_and_error, part_of, subset
 from sde_diffusion.runs import Run
 from sde_diffusion.workdir import Workdir
 
@@ -56,6 +58,12 @@ class Components:
     solver_spread: float
     images: int
 
+    @property
+    def solver_error(self) -> float:
+        """The solver's mean error with the standard error of its measurement: a few images may by chance show
+        none."""
+        return math.hypot(self.solver, self.solver_spread / math.sqrt(self.images))
+
 
 def variance_components(values: Tensor) -> tuple[float, float]:
     """The variances between dequantizations and between probes, from values (images, dequantizations, probes).
@@ -79,7 +87,8 @@ class Effort:
 
 
 def cheapest(components: Components, images: int, wanted: float) -> Effort | None:
-    """The least ``R (1 + 0.7 K)`` for which ``((dequantization + probe / K) / R) / images + solver^2 <= wanted^2``.
+    """The least ``R (1 + 0.7 K)`` for which ``((dequantization + probe / K) / R) / images + solver_error^2 <=
+    wanted^2``.
 
     Args:
         components: for a single probe.
@@ -91,17 +100,19 @@ def cheapest(components: Components, images: int, wanted: float) -> Effort | Non
     for draws in range(1, _MOST_DRAWS + 1):
         for probes in range(1, _MOST_PROBES + 1):
             sampling = (components.dequantization + components.probe / probes) / draws / images
-            error = math.sqrt(sampling + components.solver**2)
+            error = math.hypot(math.sqrt(sampling), components.solver_error)
             found = Effort(draws, probes, draws * (1 + _PRODUCT * probes), error)
             if error <= wanted and (best is None or found.cost < best.cost):
                 best = found
     return best
 
 
-def _measure(run: Run, x: Tensor, labels: Tensor | None, settings: dict[str, Any]) -> Components:
-    """The components on pilot images."""
+def _measure(
+    run: Run, x: Tensor, labels: Tensor | None, settings: dict[str, Any]
+) -> tuple[Components, float]:
+    """The components on pilot images, and the evaluations of one likelihood."""
     seed = int(run.config.seed)
-    one = settings | {"dequantizations": 1}
+    one, evaluations = settings | {"dequantizations": 1}, []
 
     def values(draw: int, probe: int, **others: Any) -> Tensor:
         # Seeds that the evaluation itself does not use.
@@ -109,9 +120,11 @@ def _measure(run: Run, x: Tensor, labels: Tensor | None, settings: dict[str, Any
         out = run.evaluate(
             x, dequantization, y=labels, probe_seed=dequantization + 1 + probe, **(one | others)
         )
+        evaluations.append(out.nfe)
         return _in_unit(run, out.log_prob)
 
     table = torch.stack([torch.stack([values(r, k) for k in range(_REPEATS)], 1) for r in range(_REPEATS)], 1)
+    nfe = sum(evaluations) / len(evaluations)
     block = run.config.likelihood.to_dict() | settings
     tight = values(0, 0, rtol=block["rtol"] * _TIGHTER, atol=block["atol"] * _TIGHTER)
     error = table[:, 0, 0] - tight
@@ -120,29 +133,32 @@ def _measure(run: Run, x: Tensor, labels: Tensor | None, settings: dict[str, Any
         raise ValueError("fewer than two pilot images could be evaluated")
     dequantization, probe = variance_components(table[good])
     error = error[good]
-    return Components(
-        dequantization, probe, float(error.mean()), float(error.square().mean().sqrt()), int(good.sum())
-    )
+    spread = float(error.square().mean().sqrt())
+    return Components(dequantization, probe, float(error.mean()), spread, int(good.sum())), nfe
 
 
 def _planned(
     run: Run, x: Tensor, labels: Tensor | None, images: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings that reach ``likelihood.tolerance`` at least cost, and how they were found."""
+    """Settings that reach ``likelihood.tolerance`` at least cost, and how they were found: evaluations of the network
+    times ``R (1 + 0.7 K)``, over a ladder of tolerances, until the next cannot be cheaper."""
     wanted, tried = float(run.config.likelihood.tolerance), []
+    best: tuple[float, dict[str, Any], Effort] | None = None
     for tolerance in _LADDER:
         settings: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "probes": 1}
-        components = _measure(run, x, labels, settings)
+        components, nfe = _measure(run, x, labels, settings)
         effort = cheapest(components, images, wanted)
-        tried.append({"rtol": tolerance, **asdict(components)})
+        tried.append({"rtol": tolerance, "evaluations": nfe, **asdict(components)})
         if effort is not None:
-            chosen = settings | {"probes": effort.probes, "dequantizations": effort.dequantizations}
-            return chosen, {
-                "wanted": wanted,
-                "expected_error": effort.error,
-                "chosen": chosen,
-                "tried": tried,
-            }
+            tried[-1]["cost"] = cost = nfe * effort.cost
+            if best is None or cost < best[0]:
+                chosen = settings | {"probes": effort.probes, "dequantizations": effort.dequantizations}
+                best = cost, chosen, effort
+        if best is not None and nfe * (1 + _PRODUCT) >= best[0]:
+            break  # tighter ones need more evaluations, and no fewer than one draw and one probe
+    if best is not None:
+        plan = {"wanted": wanted, "expected_error": best[2].error, "chosen": best[1], "tried": tried}
+        return best[1], plan
     raise ValueError(
         f"an error of {wanted:g} cannot be reached with {images} images: at rtol = {_LADDER[-1]:g} the solver is off "
         f"by {tried[-1]['solver']:.2g}, and one dequantization and probe spread by "
@@ -157,8 +173,8 @@ def _in_unit(run: Run, log_prob: Tensor) -> Tensor:
     return run.in_bits(log_prob) if run.info.is_image else log_prob
 
 
-Row = tuple[str, int, str, float, int]
-"""Part, index, label, value, evaluations."""
+Row = tuple[str, int, str, float, int, float]
+"""Part, index, label, value, evaluations, seconds (its share of its batch's)."""
 
 
 class _Rows:
@@ -189,91 +205,138 @@ def _lines(rows: Sequence[Row]) -> str:
 
 
 def _row(line: str) -> Row:
-    part, index, label, value, nfe = json.loads(line)
-    return part, index, label, value, nfe
+    part, index, label, value, nfe, seconds = json.loads(line)
+    return part, index, label, value, nfe, seconds
 
 
-def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = None) -> dict[str, Any]:
-    """Test and training bits/dim (images) or nats (vectors) with their standard errors over samples, and what the
-    error of the test mean is made of.
+@dataclass(frozen=True)
+class _Part:
+    """Samples to be evaluated: their indices in their set, themselves, and their labels if there are any.
 
-    Writes ``likelihood.csv``, a line for each sample, ``likelihood.png``, and for images the best and worst.
-    Samples that fail are named in the section, and are NaN in the file.
+    ``wrong`` marks images with values that are no grey levels; they are named, and not evaluated.
     """
-    data, block = run.data, run.config.likelihood
-    unit = "bits/dim" if run.info.is_image else "nats"
-    settings = build.likelihood(run.config)
-    conditional = bool(run.config.model.class_conditional)
+
+    indices: Tensor
+    x: Tensor
+    labels: Tensor | None
+    wrong: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, chosen: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.x[chosen], None if self.labels is None else self.labels[chosen]
+
+
+def _parts(run: Run) -> dict[str, _Part]:
+    """What is evaluated: test and training data, or the images of ``likelihood.images``."""
+    block, data = run.config.likelihood, run.data if run.config.likelihood.images is None else None
+    if data is None:
+        x = given_images(block.images, run.info)
+        wrong = off_the_grid(x, run.info.levels or 2).flatten(1).any(1)
+        count = len(x) if block.test_images is None else min(len(x), block.test_images)
+        levels = torch.where(wrong.reshape(-1, *(1,) * (x.ndim - 1)), 0, x).long()
+        return {"images": _Part(torch.arange(count), levels[:count], None, wrong[:count])}
     indices = {"test": subset(len(data.test), block.test_images)}
     train_count = len(indices["test"]) if block.train_images is None else block.train_images
     if train_count:
         indices["train"] = subset(len(data.train), train_count)
+    return {
+        name: _Part(chosen, *part_of(data, name, chosen), torch.zeros(len(chosen), dtype=torch.bool))
+        for name, chosen in indices.items()
+    }
+
+
+def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = None) -> dict[str, Any]:
+    """Test and training bits/dim (images) or nats (vectors) with their standard errors over samples, and what the
+    error of the test mean is made of; or the same of the images in the file ``likelihood.images``.
+
+    Writes ``likelihood.csv``, a line for each sample, ``likelihood.png``, and for images the best and worst.
+    Samples that fail are named in the section, and are NaN in the file; the others are finished.
+    """
+    block, settings = run.config.likelihood, build.likelihood(run.config)
+    unit = "bits/dim" if run.info.is_image else "nats"
+    conditional = bool(run.config.model.class_conditional)
+    parts = _parts(run)
+    first_name, first_part = next(iter(parts.items()))
     section: dict[str, Any] = {
         "unit": unit,
         "step": run.step,
-        "levels": data.levels,
+        "weights_sha256": weights_hash(run.model),
+        "levels": run.info.levels,
         "seed": int(run.config.seed),
     }
-    pilot = indices["test"][: settings.pilot_images]
-    x, labels = part_of(data, "test", pilot)
+    x, labels = first_part.rows((~first_part.wrong).nonzero().flatten()[: settings.pilot_images])
     labels = labels if conditional else None
     chosen: dict[str, Any] = {}
     if settings.tolerance is not None:
-        if len(pilot) < 2:
-            raise ValueError(f"a tolerance needs at least 2 pilot_images, got {len(pilot)}")
-        chosen, section["plan"] = _planned(run, x, labels, len(indices["test"]))
+        if len(x) < 2:
+            raise ValueError(f"a tolerance needs at least 2 pilot_images, got {len(x)}")
+        chosen, section["plan"] = _planned(run, x, labels, len(first_part))
     place.folder.mkdir(parents=True, exist_ok=True)
-    everything = {"block": block.to_dict(), "chosen": chosen, "seed": section["seed"], "step": run.step}
+    key = {name: section[name] for name in ("seed", "step", "weights_sha256")}
+    data = {name: hashlib.sha256(part.x.numpy().tobytes()).hexdigest() for name, part in parts.items()}
+    everything = key | {"block": block.to_dict(), "chosen": chosen, "data": data}
     rows = _Rows(place, hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest())
+    draws = chosen.get("dequantizations", settings.dequantizations)
     values: dict[str, Tensor] = {}
-    for part, wanted in indices.items():
-        started, before = time.perf_counter(), rows.done(part)
-        for first in range(before, len(wanted), settings.batch_size):
-            piece = wanted[first : first + settings.batch_size]
-            batch, named = part_of(data, part, piece)
-            out = run.evaluate(
-                batch, run.config.seed, y=named if conditional else None, first_index=first, **chosen
-            )
-            names = [""] * len(batch) if named is None else [str(label) for label in named.tolist()]
-            columns = (
-                piece.tolist(),
-                names,
-                _in_unit(run, out.log_prob).tolist(),
-                out.nfe_per_sample.tolist(),
-            )
-            rows.add([(part, *row) for row in zip(*columns, strict=True)])
-        mine = [row for row in rows.rows if row[0] == part]
-        values[part] = value = torch.tensor([row[3] for row in mine], dtype=torch.float64)
-        finite = torch.isfinite(value)
-        per_draw = torch.tensor([row[4] for row in mine]) / (
-            chosen.get("dequantizations", settings.dequantizations)
-        )
-        section[part] = {
-            **mean_and_error(value[finite]),
-            "nfe": float(per_draw.mean()),
-            "nfe_quartiles": torch.quantile(per_draw.double(), torch.linspace(0, 1, 5).double()).tolist(),
-            "seconds": round(time.perf_counter() - started, 3),
-        }
-        if before:
-            section[part]["resumed_after"] = before
-        if not bool(finite.all()):
-            section[part]["failed"] = [mine[i][1] for i in (~finite).nonzero().flatten().tolist()]
-        if not run.info.is_image and data.density is not None:
-            exact = data.density.log_prob(part_of(data, part, wanted)[0].double())
-            section[part]["exact"] = mean_and_error(exact)
-            section[part]["mean_absolute_difference"] = float((value - exact)[finite].abs().mean())
-    if settings.pilot_images > 1 and len(pilot) > 1:
-        section["error_of_the_mean"] = _error(
-            run, x, labels, chosen, values["test"], settings.dequantizations
-        )
+    for name, part in parts.items():
+        before = rows.done(name)
+        for first in range(before, len(part), settings.batch_size):
+            rows.add(_batch(run, name, part, slice(first, first + settings.batch_size), chosen, conditional))
+        mine = [row for row in rows.rows if row[0] == name]
+        values[name] = torch.tensor([row[3] for row in mine], dtype=torch.float64)
+        section[name] = _summary(mine, part, draws) | ({"resumed_after": before} if before else {})
+        if name in ("test", "train") and not run.info.is_image and run.data.density is not None:
+            finite = torch.isfinite(values[name])
+            exact = run.data.density.log_prob(part.x.double())
+            section[name]["exact"] = mean_and_error(exact)
+            section[name]["mean_absolute_difference"] = float((values[name] - exact)[finite].abs().mean())
+    if settings.pilot_images > 1 and len(x) > 1:
+        section["error_of_the_mean"] = _error(run, x, labels, chosen, values[first_name], draws)
     section["settings"] = block.to_dict() | chosen
-    section["prior_mismatch"] = _prior(run)
+    if block.images is None:
+        section["prior_mismatch"] = _prior(run)
     with open(place / "likelihood.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("part", "index", "label", unit.replace("/", "_per_"), "evaluations"))
         writer.writerows((*row[:3], f"{row[3]:.6f}", row[4]) for row in rows.rows)
-    section["files"] = ["likelihood.csv", *_pictures(run, place, indices, values, references or {})]
+    section["files"] = ["likelihood.csv", *_pictures(run, place, first_part, values, references or {})]
     rows.path.unlink()
+    return section
+
+
+def _batch(
+    run: Run, name: str, part: _Part, where: slice, chosen: dict[str, Any], conditional: bool
+) -> list[Row]:
+    """The rows of some samples, in their order; of those that cannot be evaluated the value is NaN."""
+    started, where = time.perf_counter(), slice(where.start, min(where.stop, len(part)))
+    x, labels = part.rows(where)
+    out = run.evaluate(
+        x, run.config.seed, y=labels if conditional else None, first_index=where.start, **chosen
+    )
+    value = _in_unit(run, out.log_prob).masked_fill(part.wrong[where], math.nan)
+    names = [""] * len(x) if labels is None else [str(label) for label in labels.tolist()]
+    seconds = (time.perf_counter() - started) / len(x)
+    columns = (part.indices[where].tolist(), names, value.tolist(), out.nfe_per_sample.tolist())
+    return [(name, *row, seconds) for row in zip(*columns, strict=True)]
+
+
+def _summary(rows: list[Row], part: _Part, draws: int) -> dict[str, Any]:
+    """The numbers of a part: mean with its error, evaluations of one likelihood, time, and who failed and why."""
+    value = torch.tensor([row[3] for row in rows], dtype=torch.float64)
+    evaluations = torch.tensor([row[4] for row in rows]).double() / draws
+    finite = torch.isfinite(value)
+    section = {
+        **mean_and_error(value[finite]),
+        "nfe": float(evaluations.mean()),
+        "nfe_quartiles": torch.quantile(evaluations, torch.linspace(0, 1, 5).double()).tolist(),
+        "seconds": round(sum(row[5] for row in rows), 3),
+    }
+    if not bool(finite.all()):
+        section["failed"] = part.indices[~finite].tolist()
+    if bool(part.wrong.any()):
+        section["off_the_grid"] = part.indices[part.wrong].tolist()
     return section
 
 
@@ -281,7 +344,7 @@ def _error(
     run: Run, x: Tensor, labels: Tensor | None, chosen: dict[str, Any], values: Tensor, draws: int
 ) -> dict[str, Any]:
     """Contributions to the error of the test mean: standard errors by their source, and the solver's bias."""
-    found = _measure(run, x, labels, chosen)
+    found, _ = _measure(run, x, labels, chosen)
     draws, n = chosen.get("dequantizations", draws), int(torch.isfinite(values).sum())
     within = (found.dequantization + found.probe) / draws
     total = float(values[torch.isfinite(values)].var()) if n > 1 else math.nan
@@ -306,20 +369,19 @@ def _prior(run: Run) -> dict[str, float]:
 
 
 def _pictures(
-    run: Run,
-    place: Workdir,
-    indices: dict[str, Tensor],
-    values: dict[str, Tensor],
-    references: dict[str, float],
+    run: Run, place: Workdir, first: _Part, values: dict[str, Tensor], references: dict[str, float]
 ) -> list[str]:
     path = place / "likelihood.png"
     kept = {part: torch.isfinite(value) for part, value in values.items()}
-    shown = {part: value[kept[part]] for part, value in values.items()}
+    shown = {part: value[kept[part]] for part, value in values.items() if bool(kept[part].any())}
+    if not shown:
+        return []
     if not run.info.is_image:
         pictures.save_histogram(shown, path, x_label="log-likelihood of a sample, nats")
         return [path.name]
     pictures.save_bits_per_dim_histogram(shown, path, baselines=references)
-    extremes = place / "likelihood_extremes.png"
-    images = as_pictures(run.data.test[indices["test"][kept["test"]]], run)
-    pictures.save_best_and_worst(images, shown["test"], extremes)
+    name, extremes = next(iter(values)), place / "likelihood_extremes.png"
+    if name not in shown:
+        return [path.name]
+    pictures.save_best_and_worst(as_pictures(first.x[kept[name]], run), shown[name], extremes)
     return [path.name, extremes.name]

@@ -23,7 +23,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-SAMPLING, DIVERGENCE, DEQUANTIZATION, BOUND = 0, 1, 2, 3
+SAMPLING, DIVERGENCE, DEQUANTIZATION, BOUND, PATHS = 0, 1, 2, 3, 4
 """Streams: noise of different purposes never coincides, whatever the seeds."""
 
 

@@ -19,7 +19,15 @@ from sde_diffusion.tensors import expand
 from sde_diffusion.times import check_times
 from sde_diffusion.variances import Limits, ReverseVariance
 
-__all__ = ["Prediction", "ReverseSteps", "normal_kl", "sum_dims"]
+__all__ = ["Prediction", "ReverseSteps", "check_states", "normal_kl", "sum_dims"]
+
+
+def check_states(x: Tensor) -> None:
+    """Raises ValueError for what is not a batch of finite float32 or float64 data."""
+    if x.ndim < 2 or x.dtype not in (torch.float32, torch.float64) or len(x) < 1:
+        raise ValueError(f"x must be float32 or float64 of shape (B, *D), got {x.dtype} {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("x holds values that are not finite")
 
 
 def sum_dims(x: Tensor) -> Tensor:
@@ -107,15 +115,20 @@ class ReverseSteps:
         mean, _ = self.posterior(data, x64, index)
         return Prediction(data, mean, variance(x, t, self.limits(index)).double())
 
+    def mean_error(self, x0: Tensor, prediction: Prediction, index: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of ``q(x_{i-1} | x_i, x_0)`` minus that of ``p(x_{i-1} | x_i)``, and the log-variance of q."""
+        # The means differ by what the predicted data do; their own difference would lose digits.
+        difference = expand(self._on_data[index], x0) * (x0 - prediction.data)
+        return difference, expand(self.small[index], x0)
+
     def term(self, x0: Tensor, prediction: Prediction, index: Tensor, decoder: Decoder) -> Tensor:
         """``L_{i-1}`` of each sample in nats, (B,): the decoder's where the step is the last, a KL elsewhere.
 
         Differentiable in the prediction.
         """
         x64 = x0.double()
-        # The means differ by what the predicted data do; their own difference would lose digits.
-        difference = expand(self._on_data[index], x64) * (x64 - prediction.data)
-        kl = normal_kl(difference, expand(self.small[index], x64), prediction.log_variance)
+        difference, log_variance = self.mean_error(x64, prediction, index)
+        kl = normal_kl(difference, log_variance, prediction.log_variance)
         last = index == 0
         if not bool(last.any()):
             return sum_dims(kl)

@@ -100,7 +100,7 @@ def _termination() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> int:
     values = flags.FlagValues()
-    for name in ("mode", "config", "workdir", "source", "format", "model-config"):
+    for name in ("mode", "config", "workdir", "tolerance", "source", "format", "model-config"):
         flags.DEFINE_string(name, None, name, flag_values=values)
     for name in (*_HELP, "raw"):
         flags.DEFINE_boolean(name, False, name, flag_values=values)
@@ -118,6 +118,10 @@ def _run(arguments: list[str]) -> int:
         raise UsageError(f"say what to do: --mode {', '.join(JOBS)} (--help tells more)")
     if mode not in JOBS:
         raise UsageError(str(unknown_name("mode", mode, JOBS)))
+    if values["tolerance"].value is not None:
+        if mode != "likelihood":
+            raise UsageError("--tolerance is for --mode likelihood")
+        overrides["likelihood.tolerance"] = values["tolerance"].value
     source, folder = values["config"].value, values["workdir"].value
     importing = {
         name.replace("-", "_"): v for name in _IMPORT if (v := values[name].value) not in (None, False)
@@ -162,7 +166,7 @@ def _overrides(arguments: list[str]) -> dict[str, str]:
         if not match:
             if argument.startswith("-"):
                 name = argument.lstrip("-").partition("=")[0]
-                allowed = ("mode", "config", "workdir", *_IMPORT, "help", "config.KEY")
+                allowed = ("mode", "config", "workdir", "tolerance", *_IMPORT, "help", "config.KEY")
                 raise UsageError(str(unknown_name("flag", name, allowed)))
             raise UsageError(
                 f"unexpected argument {argument!r}; flags look like --mode train or "

@@ -23,6 +23,7 @@ from sde_diffusion.data import DataSet, rescale
 from sde_diffusion.dequantization import combine, dequantized
 from sde_diffusion.imported import IMPORTED, fitting_data, import_config, read_imported
 from sde_diffusion.likelihood import bits_per_dim, log_likelihood
+from sde_diffusion.ode import SolverError
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import SDE
 from sde_diffusion.workdir import Workdir
@@ -343,15 +344,15 @@ class Run:
         # The density of alpha v at that time, as one of v; at t_min alpha is that of the data themselves.
         log_alpha = 0.0 if begin == self.sde.t_min else float(self.sde.log_alpha(begin))
         volume += log_alpha * torch.Size(self.info.shape).numel()
-        for draw in range(settings.dequantizations):
-            for start in range(0, len(x), settings.batch_size):
-                piece = x[start : start + settings.batch_size].to(self.device)
-                part = slice(start, start + len(piece))
-                index = first_index + start
-                continuous, log_q = self._continuous(piece, settings, seed, index, draw)
+
+        def evaluated(draw: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+            """Log-ratios, evaluations and failures of a part of the samples in one draw."""
+            piece, index = x[part].to(self.device), first_index + part.start
+            continuous, log_q = self._continuous(piece, settings, seed, index, draw)
+            try:
                 out = log_likelihood(
                     self.sde,
-                    self._conditioned(labels, start, len(piece)),
+                    self._conditioned(labels, part.start, len(piece)),
                     continuous * math.exp(log_alpha),
                     divergence=settings.divergence,
                     solver=settings.solver,
@@ -361,9 +362,23 @@ class Run:
                     first_index=index,
                     t_start=begin,
                 )
-                draws[draw, part] = (out.log_prob.double() - log_q).cpu() + volume
-                evaluations[part] += out.nfe_per_sample.cpu()
-                failed[part] |= out.failed.cpu()
+            except SolverError:  # of a solver that cannot say whose fault it was
+                if len(piece) == 1:
+                    return torch.full((1,), math.nan).double(), torch.zeros(1).long(), torch.ones(1).bool()
+                middle = part.start + len(piece) // 2
+                halves = (slice(part.start, middle), slice(middle, part.stop))
+                both = zip(*(evaluated(draw, half) for half in halves), strict=True)
+                found, spent, bad = (torch.cat(pair) for pair in both)
+                return found, spent, bad
+            value = (out.log_prob.double() - log_q).cpu() + volume
+            return value, out.nfe_per_sample.cpu(), out.failed.cpu()
+
+        for draw in range(settings.dequantizations):
+            for start in range(0, len(x), settings.batch_size):
+                part = slice(start, min(start + settings.batch_size, len(x)))
+                draws[draw, part], spent, bad = evaluated(draw, part)
+                evaluations[part] += spent
+                failed[part] |= bad
         if bool(failed.any()):
             names = ", ".join(str(first_index + i) for i in failed.nonzero().flatten().tolist()[:20])
             warnings.warn(f"the likelihood of sample {names} could not be computed and is NaN", stacklevel=2)

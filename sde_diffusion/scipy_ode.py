@@ -44,6 +44,8 @@ class ScipyRK45:
             state = torch.from_numpy(y.reshape(x.shape)).to(x)
             times = torch.full((batch,), t, dtype=torch.float64, device=x.device)
             slope: np.ndarray = field(times, state).detach().double().cpu().numpy().ravel()
+            if not np.isfinite(slope).all():  # SciPy would try ever new steps of length NaN
+                raise SolverError(f"SciPy's RK45 stopped at t = {t:.4g}: the field is not finite")
             return slope
 
         start = x.detach().double().cpu().numpy().ravel()

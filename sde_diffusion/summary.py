@@ -52,6 +52,10 @@ def _training(section: Section) -> list[str]:
     ]
 
 
+def _initial_weights(section: Section) -> list[str]:
+    return [f"of {section['folder']} after {section['step']} steps"]
+
+
 def _samples(section: Section) -> list[str]:
     picture = f" -> {section['picture']}" if "picture" in section else ""
     return [
@@ -62,13 +66,15 @@ def _samples(section: Section) -> list[str]:
 
 def _likelihood(section: Section) -> list[str]:
     lines = []
-    for part in ("test", "train"):
+    for part in ("images", "test", "train"):
         if part in section:
             values = section[part]
             exact = f"; the true density has {_error_bar(values['exact'])}" if "exact" in values else ""
             lines.append(f"{part}: {_error_bar(values)} {section['unit']} ({values['n']} samples){exact}")
             if "failed" in values:
-                lines.append(f"{part}: failed, and left out: {', '.join(map(str, values['failed']))}")
+                wrong = values.get("off_the_grid", [])
+                why = f" (no grey levels: {', '.join(map(str, wrong))})" if wrong else ""
+                lines.append(f"{part}: failed, and left out: {', '.join(map(str, values['failed']))}{why}")
     if "error_of_the_mean" in section:
         parts = ("between_images", "dequantization", "probes", "solver")
         lines.append(
@@ -150,6 +156,13 @@ def _bound(section: Section) -> list[str]:
                 f"{name}: {_error_bar(parts['total'])} {section['unit']} ({parts['total']['n']} samples){inner}, "
                 f"decoder {_error_bar(parts['decoder'])}"
             )
+    if "importance" in section:
+        parts = section["importance"]
+        lines.insert(
+            -1 if "ode" in section else len(lines),
+            f"importance-weighted, {parts['paths']} paths of {parts['steps']} steps: {_error_bar(parts['total'])}"
+            f" {section['unit']}; one path {_error_bar(parts['one_path'])}",
+        )
     return lines
 
 
@@ -164,6 +177,7 @@ def _import(section: Section) -> list[str]:
 
 
 _WRITERS: dict[str, Callable[[Section], list[str]]] = {
+    "initial_weights": _initial_weights,
     "training": _training,
     "samples": _samples,
     "samples_pc": _samples,

@@ -17,9 +17,12 @@ MODE
   train        trains, or resumes where an earlier attempt stopped (Ctrl-C is safe, the same command goes on);
                then draws sample grids by predictor-corrector and by ODE, evaluates bits/dim and quality
   sample       draws sampling.n samples from the trained model in DIR: samples.npz, samples.png
-  likelihood   evaluates bits/dim of test and training data: likelihood.csv (each image), likelihood.png
-  bound        evaluates the variational bound term by term, beside its limit in continuous time and the
-               likelihood by the ODE: bound.csv (each term), bound.png
+  likelihood   evaluates bits/dim of test and training data: likelihood.csv (each image), likelihood.png;
+               the same command goes on after a kill
+    --tolerance ERROR               wanted error of the mean, such as 0.01: chooses probes, dequantizations
+                                    and the solver's tolerance at least cost, and says how
+  bound        evaluates the variational bound term by term, beside its limit in continuous time, the
+               importance-weighted bound and the likelihood by the ODE: bound.csv (each term), bound.png
   compare      predictors and correctors at equal numbers of evaluations, on targets known exactly and on runs
                (compare.targets): report.html, results.json in DIR (runs/correctors); the same command goes on
   import       makes DIR the run of a published model, for the modes above and sde_diffusion.load:

@@ -20,6 +20,7 @@ from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import expand
 
 __all__ = [
+    "FixedDensity",
     "FixedLarge",
     "FixedSmall",
     "LearnedLog",
@@ -78,6 +79,15 @@ class FixedLarge:
 
     def __call__(self, x: Tensor, t: Tensor, limits: Limits) -> Tensor:
         return expand(torch.where(limits.last, limits.small, limits.large), x)
+
+
+@dataclass(frozen=True)
+class FixedDensity:
+    """``beta-tilde``, and at the last step ``sigma^2``: the spread of data around their mean given ``x_1`` where
+    their density is smooth at that scale. With it a chain tends to the reverse SDE as its steps become short."""
+
+    def __call__(self, x: Tensor, t: Tensor, limits: Limits) -> Tensor:
+        return expand(torch.where(limits.last, limits.large, limits.small), x)
 
 
 @dataclass(frozen=True)

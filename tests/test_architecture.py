@@ -25,7 +25,7 @@ EDGE = (
     "build",
     "imported",
     "runs",
-    "evaluation",
+    "evaluation finetuning",
     "likelihood_report bound_report compare",
     "jobs",
     "run",
@@ -61,7 +61,7 @@ CHAINS = (
         "scipy_ode",
         "divergence coordinates",
         "likelihood dequantization ends",
-        "bound",
+        "bound importance_bound",
         *EDGE,
     ),
     (
@@ -102,6 +102,7 @@ ANY_SCORE += (
     "ends",
     "likelihood",
     "bound",
+    "importance_bound",
 )
 NEVER = dict.fromkeys(ANY_SCORE, LEARNING)
 TYPES = {f"{PACKAGE}.score.Score"}

@@ -65,12 +65,12 @@ def test_every_key_is_explained_and_defaults_are_fresh():
 
 
 def test_training_keys_are_the_settings():
-    """Every setting can be reached from a config, and every key is one, or belongs to an object that is
-    one."""
+    """Every setting can be reached from a config, and every key is one, belongs to an object that is one, or
+    says where the weights begin."""
     settings = {f.name for f in dataclasses.fields(TrainingSettings)}
     elsewhere = {"conditional", "seed", "device", "loss"}  # model.class_conditional, seed, device, objective
     of_objects = {"min_snr_gamma", "log_normal_mean", "log_normal_std", "antithetic", "objective"}
-    assert set(SCHEMA["training"]) == (settings - elsewhere) | of_objects
+    assert set(SCHEMA["training"]) == (settings - elsewhere) | of_objects | {"init_from"}
 
 
 def test_model_keys_are_the_networks():

@@ -206,6 +206,8 @@ def test_chains_by_name() -> None:
         ({"sampling__predictor": "learned_variance"}, "needs a model with model.learned_variance=True"),
         ({"bound__variance": "smal"}, "unknown variance 'smal'; did you mean 'small'?"),
         ({"bound__steps": 1}, "config.bound.steps must be an integer >= 2, got 1"),
+        ({"bound__paths": -1}, "config.bound.paths must be an integer >= 0, got -1"),
+        ({"bound__path_steps": 1}, "config.bound.path_steps must be an integer >= 2, got 1"),
         ({"bound__draws": 0}, "config.bound.draws must be an integer >= 1, got 0"),
     ],
 )
@@ -229,6 +231,7 @@ CHAIN_SETTINGS = {
     "sde.steps": 8,
     "training.dequantize": False,
     "bound.test_images": 5,
+    "bound.path_steps": 6,
     "likelihood.batch_size": 3,
 }
 LEARNED = {
@@ -253,6 +256,12 @@ def test_train_bound_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[st
         whole = sum(parts[name]["mean"] for name in ("prior", "diffusion", "decoder"))
         assert parts["total"]["mean"] == pytest.approx(whole, rel=1e-9)
         assert parts["total"]["n"] == 5 and parts["total"]["standard_error"] > 0
+    weighted = section["importance"]
+    assert weighted["paths"] == 4 and weighted["nfe"] == 24 and 1 <= weighted["effective_paths"] <= 4
+    assert weighted["gain"]["mean"] == pytest.approx(
+        weighted["one_path"]["mean"] - weighted["total"]["mean"], abs=1e-9
+    )
+    assert weighted["gain"]["mean"] > 0 and weighted["total"]["n"] == 5
     with open(tmp_path / "bound.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["term"] for row in rows] == [*(f"L_{i}" for i in range(8)), "L_T"]
@@ -260,7 +269,8 @@ def test_train_bound_and_sample(tmp_path: Path, capsys: pytest.CaptureFixture[st
         section["chain"]["total"]["mean"], rel=1e-6
     )
     assert (tmp_path / "bound.png").stat().st_size > 5000
-    assert "8 steps:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "8 steps:" in printed and "importance-weighted, 4 paths of 6 steps:" in printed
     assert command("sample", tmp_path, **given, sampling__n=2) == 0
     run = load(tmp_path)
     assert repr(run.sde).startswith("DDPM(8 betas from")
@@ -278,13 +288,14 @@ def test_a_learned_schedule_from_the_command_line(tmp_path: Path) -> None:
             "bound.steps": 6,
             "bound.draws": 4,
             "bound.ode": False,
+            "bound.paths": 0,
             "bound.subset": 3,
         }
     )
     assert command("train", tmp_path, **given) == 0
     assert command("bound", tmp_path, **given) == 0
     section = json.loads((tmp_path / "metrics.json").read_text())["bound"]
-    assert section["steps"] == 6 and "ode" not in section
+    assert section["steps"] == 6 and "ode" not in section and "importance" not in section
     assert section["decoder"] == "GaussianDecoder()" and math.isfinite(section["chain"]["total"]["mean"])
     learned = load(tmp_path).sde
     assert isinstance(learned, LearnedSchedule)

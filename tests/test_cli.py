@@ -357,6 +357,8 @@ def test_the_config_of_a_run_is_found_by_its_default_folder(trained, tmp_path, m
         ("--mode train --config.likelihood.divergence=exakt", "did you mean 'exact'?"),
         ("--mode train --config.seed=-1", "seed must be an integer >= 0, got -1"),
         ("--mode train --config.device=gpu", "config.device: unknown device 'gpu'"),
+        ("--mode train --tolerance=0.01", "--tolerance is for --mode likelihood"),
+        ("--mode likelihood --tolerence=0.01", "unknown flag 'tolerence'; did you mean 'tolerance'"),
         ("--mode sample --workdir nowhere", "there is no run in 'nowhere': no such folder"),
         ("--mode likelihood", "no run in 'runs/digits': no such folder; train one first: --mode train"),
     ],
@@ -414,6 +416,19 @@ def overridden(monkeypatch, *words: str):
     monkeypatch.setattr(run, "JOBS", {"train": lambda config, folder: seen.append((config, str(folder)))})
     assert run.main(["--mode", "train", *words]) == 0
     return seen[0]
+
+
+def test_a_wanted_tolerance_is_a_flag(monkeypatch, trained, capsys):
+    seen = []
+    monkeypatch.setitem(
+        run.JOBS, "likelihood", lambda config, folder: seen.append(config.likelihood.tolerance)
+    )
+    words = ["--mode", "likelihood", "--workdir", str(trained)]
+    assert run.main([*words, "--tolerance", "0.01"]) == 0
+    assert run.main([*words, "--tolerance=0.02"]) == 0
+    assert seen == [0.01, 0.02]
+    assert run.main([*words, "--tolerance=small"]) == 2
+    assert "'likelihood.tolerance' must be of type float, got 'small'" in capsys.readouterr().err
 
 
 def test_overrides_are_read_as_the_types_of_the_config(monkeypatch):

@@ -24,6 +24,7 @@ from problems import (
 )
 from sde_diffusion.likelihood import dequantization_noise
 from shared_data import shared_path
+from test_divergence import variance as trace_variance
 
 sdes = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 DATA = {
@@ -116,6 +117,39 @@ def test_a_linear_field_without_symmetry_in_closed_form() -> None:
     assert_close(out.latent, latent, rtol=1e-6, atol=1e-6)
     expected = sde.prior_log_prob(latent) + generator.trace() * span
     assert_close(out.log_prob, expected, rtol=1e-7, atol=1e-7)
+
+
+class LinearNet(nn.Module):
+    """``net(x, c) = A x``, whatever the noise level; A is not symmetric."""
+
+    def __init__(self, a: Tensor) -> None:
+        super().__init__()
+        self.a = nn.Parameter(a)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return (x.flatten(1).double() @ self.a.T).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("name", "divergence"), [*((name, "exact") for name in SDES), ("vp", "orthogonal")])
+def test_a_linear_network_without_symmetry_for_every_process(name: str, divergence: str) -> None:
+    """``eps_hat = A x / c(t)`` with ``c^2 = alpha^2 + sigma^2``: drifts at different times commute, so the flow is
+    ``x_T = (alpha_T / alpha_0) exp(kappa A) x_0`` with ``kappa = 1/2 int g^2 / (sigma c) dt``, here by quadrature.
+    As many orthogonal probes as dimensions are exact too."""
+    sde, generator = SDES[name], torch.Generator().manual_seed(3)
+    a = 0.15 * torch.randn(4, 4, generator=generator, dtype=torch.float64) + 0.1 * torch.eye(4).double()
+    model = sd.ScoreModel(LinearNet(a), sde, sd.NOISE, sigma_data=1.0).requires_grad_(False)
+    x = torch.randn(3, 1, 2, 2, generator=generator, dtype=torch.float64)
+    out = sd.log_likelihood(sde, model, x, divergence=divergence, probes=4)
+
+    t = torch.logspace(math.log10(sde.t_min), math.log10(sde.t_max), 200_001, dtype=torch.float64)
+    t = t.clamp(sde.t_min, sde.t_max)
+    rate = 0.5 * sde.g2(t) / (sde.sigma(t) * (sde.alpha(t) ** 2 + sde.variance(t)).sqrt())
+    kappa = float(torch.trapezoid(rate, t))
+    log_alpha = float(sde.log_alpha(sde.t_max) - sde.log_alpha(sde.t_min))
+    latent = math.exp(log_alpha) * x.flatten(1) @ torch.linalg.matrix_exp(kappa * a).T
+    assert_close(out.latent.flatten(1), latent, rtol=1e-4, atol=1e-4)
+    expected = sde.prior_log_prob(latent) + 4 * log_alpha + kappa * a.trace()
+    assert_close(out.log_prob, expected, rtol=2e-5, atol=2e-4)
 
 
 @sdes
@@ -238,6 +272,28 @@ def test_estimated_likelihoods_are_unbiased_and_spread_as_one_over_the_probes(di
     # A ratio of two variances from 200 each has a relative standard error near 2 / sqrt(200) = 0.14, or more
     # for the heavy tails of Gaussian probes.
     assert 2 < spread[1] / spread[4] < 8
+
+
+@pytest.mark.parametrize("divergence", ["hutchinson", "gaussian", "sphere", "orthogonal"])
+@pytest.mark.parametrize("probes", [1, 3])
+def test_estimates_have_the_variance_of_theory(divergence: str, probes: int) -> None:
+    """Of Gaussian data the path does not feel the probe z, and ``int z^T J(t) z dt = z^T S z`` with ``S = 1/2
+    log(C_T / C_0)``, a full matrix, ``C_t = alpha^2 C + sigma^2 I``: the estimate is one of the trace of a known
+    matrix."""
+    data, sde, n = random_mixture(1, (6,)), sd.VP(), 600
+    eigenvalues, vectors = torch.linalg.eigh(data.covariances[0])
+    start, end = (sde.alpha(t) ** 2 * eigenvalues + sde.variance(t) for t in (sde.t_min, sde.t_max))
+    s = vectors @ torch.diag(0.5 * (end / start).log()) @ vectors.T
+    name = {"hutchinson": "rademacher"}.get(divergence, divergence)
+    expected = trace_variance(name, s, probes)
+    x = samples(data, 1)
+    exact = float(data.marginal_log_prob(sde, x, times64(sde.t_min)[0]))
+    options = {"coordinates": sd.TimeCoordinates(), "rtol": 1e-4, "atol": 1e-4}
+    found = likelihood(sde, data, x.expand(n, 6), divergence=divergence, probes=probes, **options).log_prob
+    for part in found.split(200):
+        assert float(part.mean()) == pytest.approx(exact, abs=3 * (expected / 200) ** 0.5 + 1e-3)
+    squares = (found - exact).square()
+    assert float(squares.mean()) == pytest.approx(expected, abs=4 * float(squares.std()) / n**0.5)
 
 
 def test_signs_are_exact_where_the_jacobian_is_diagonal_and_normals_are_not() -> None:

@@ -292,6 +292,35 @@ def test_stratified_draws_reduce_the_variance():
     assert spread(StratifiedDraw()) < 0.1 * spread(RandomDraw())
 
 
+def test_importance_sampled_and_stratified_times_reduce_the_variance_of_the_likelihood_loss():
+    """Of the whole estimate, noise and data included, against uniform and independent times: at least 8 times less by
+    importance sampling (16 measured), 14 times by both (28), and stratification takes a quarter of what is left."""
+    sde, n, repeats = VP(t_min=1e-3), 64, 300
+    data = gaussian(torch.diag(torch.tensor([0.3, 1.0, 0.1], dtype=torch.float64)))
+    model = Exact(sde, data)
+
+    def spread(sampler, draw):
+        generator = torch.Generator().manual_seed(9)
+        estimates = []
+        for _ in range(repeats):
+            x0, noise = data.sample(n, generator), torch.randn(n, 3, dtype=torch.float64, generator=generator)
+            t, inverse_density = sampler(sde, draw(n, generator))
+            loss = denoising_loss(model, x0, t, noise, weighting=LikelihoodWeighting())
+            estimates.append(float((loss * inverse_density).mean()))
+        return np.var(estimates, ddof=1), np.mean(estimates)
+
+    uniform, mean = spread(UniformTime(), RandomDraw())
+    importance, same = spread(LogSNRUniformTime(), RandomDraw())
+    both, again = spread(LogSNRUniformTime(), StratifiedDraw())
+    for variance, other in ((importance, same), (both, again)):
+        assert abs(other - mean) < 4 * math.sqrt((uniform + variance) / repeats)
+    # A ratio of variances from 300 estimates has a relative standard error near 2 / sqrt(300) = 0.12, more for
+    # uniform times, whose weights are heavy-tailed.
+    assert uniform > 8 * importance
+    assert uniform > 14 * both
+    assert importance > 1.3 * both
+
+
 # Names and mistakes.
 
 

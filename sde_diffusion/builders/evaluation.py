@@ -94,6 +94,8 @@ class BoundSettings:
     subset: int | None
     clip: bool
     draws: int
+    paths: int
+    path_steps: int
     ode: bool
     test_images: int | None
     batch_size: int
@@ -108,6 +110,8 @@ def bound(config: ConfigDict) -> BoundSettings:
         None if block.subset is None else positive(config, "bound.subset"),
         block.clip,
         positive(config, "bound.draws"),
+        positive(config, "bound.paths", 0),
+        positive(config, "bound.path_steps", 2),
         block.ode,
         None if block.test_images is None else positive(config, "bound.test_images"),
         positive(config, "bound.batch_size"),

@@ -24,6 +24,13 @@ class Density(Protocol):
         ...
 
 
+def _which(wrong: Tensor) -> str:
+    """``of samples 3, 17``: those with a value that is wrong, the first ten."""
+    samples = wrong.flatten(1).any(1).nonzero().flatten().tolist()
+    more = f" and {len(samples) - 10} more" if len(samples) > 10 else ""
+    return f"of samples {', '.join(map(str, samples[:10]))}{more}"
+
+
 @dataclass(frozen=True, eq=False)
 class DataSet:
     """A data set in memory, with a training and a held-out part.
@@ -78,12 +85,14 @@ class DataSet:
             if x.dtype != torch.float32 or x.dim() != 2:
                 raise ValueError(f"{where}: vectors must be float32 (N, D), got {x.dtype} {tuple(x.shape)}")
             if not bool(torch.isfinite(x).all()):
-                raise ValueError(f"{where}: some values are not finite")
+                raise ValueError(f"{where}: some values are not finite, {_which(~torch.isfinite(x))}")
             return
         if x.dtype != torch.uint8 or x.dim() != 4:
             raise ValueError(f"{where}: images must be uint8 (N, C, H, W), got {x.dtype} {tuple(x.shape)}")
         if int(x.max()) >= self.levels:
-            raise ValueError(f"{where}: levels must lie in 0 .. {self.levels - 1}, got {int(x.max())}")
+            raise ValueError(
+                f"{where}: levels must lie in 0 .. {self.levels - 1}, got {int(x.max())}, {_which(x >= self.levels)}"
+            )
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
