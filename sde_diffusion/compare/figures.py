@@ -80,7 +80,9 @@ def _lines(
     axes.minorticks_off()
     noise = results["floor"].get(name, {}).get(measure.removesuffix("_b"))
     if noise is not None:
-        axes.axhspan(_LEAST / 2, max(noise["value"] + 2 * noise["error"], _LEAST), color="#edf2f7", zorder=0)
+        axes.axhspan(
+            _LEAST / 2, max(noise["value"], 0) + 2 * noise["error"] + _LEAST, color="#edf2f7", zorder=0
+        )
 
 
 def families(results: dict[str, Any], path: Path, score: str = "exact") -> Path:
