@@ -142,7 +142,7 @@ def heat_map(results: dict[str, Any], path: Path, nfe: int) -> Path:
     """Energy distance over correctors and step sizes, after DDIM."""
     settings = results["settings"]
     names, ratios, correctors = settings["targets"], settings["ratios"], settings["correctors"]
-    figure, panels = _panels(len(names), width=2.9, height=3.6)
+    figure, panels = _panels(len(names), width=3.3, height=3.6)
     for axes, name in zip(panels, names, strict=True):
         values = np.array(
             [[ratio_of(results["arms"], c, nfe).get((name, r), np.nan) for r in ratios] for c in correctors]
@@ -153,13 +153,16 @@ def heat_map(results: dict[str, Any], path: Path, nfe: int) -> Path:
         )
         for i, row in enumerate(values):
             for j, value in enumerate(row):
+                colour = "#ffffff" if logs[i, j] > -2 else "#1a202c"  # dark cells are far from the target
                 text = "diverged" if np.isinf(value) else "" if np.isnan(value) else f"{value:.2g}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=5.5, color="#1a202c")
+                axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
         _plain(axes, target(name).title, "step size / sigma²")
         axes.grid(False)
         axes.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios])
         axes.set_yticks(range(len(correctors)), correctors if axes is panels[0] else [""] * len(correctors))
-    figure.colorbar(shown, ax=panels, label="log10 energy distance", shrink=0.8)
+    bar = figure.colorbar(shown, ax=panels, shrink=0.8)
+    bar.set_label("log10 energy distance", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return write(figure, path, f"step sizes, {nfe} evaluations, DDIM + one corrector step a time")
 
 
@@ -197,7 +200,7 @@ def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Pat
     picks = _picked(results, name, nfe, "cloud")
     if not picks:
         return None
-    figure, panels = _panels(len(picks), width=2.4, height=2.7)
+    figure, panels = _panels(len(picks), width=2.4, height=3.1)
     limits = 5.5 if name == "funnel" else 3.6 if chosen.mixture is not None else 3 * chosen.scale
     for axes, entry in zip(panels, picks, strict=True):
         _contours(axes, chosen, limits)
