@@ -152,7 +152,12 @@ def run_study(
     Returns:
         ``arms``, ``chains`` (lists of results), ``missing`` (tasks that the budget left out), ``seconds`` of this
         run, ``cpu_seconds`` of all tasks, ``settings``.
+
+    Raises:
+        UsageError: a folder that is no run; nothing has been done.
     """
+    for name in settings.targets:
+        target(name)
     place = Path(folder)
     (place / "arms").mkdir(parents=True, exist_ok=True)
     everything = tasks(settings)
@@ -184,7 +189,7 @@ def run_study(
 
 
 def floor(settings: Settings) -> dict[str, Any]:
-    """What exact samples would get: by target."""
+    """What real samples would get: by target."""
     n, seed = settings.samples, settings.seed
     return {name: measure(target(name).floor(n, seed), target(name), seed + 1) for name in settings.targets}
 
