@@ -29,7 +29,7 @@ _LEAST = 1e-4
 
 
 def _panels(count: int, width: float = 3.3, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    figure = new_figure(width * count, height)
+    figure = new_figure(max(width * count, 4.8), height)  # one panel must not be narrower than its title
     axes = figure.subplots(1, count, squeeze=False)[0]
     return figure, list(axes)
 
@@ -113,7 +113,7 @@ def frechet(results: dict[str, Any], path: Path) -> Path | None:
     series = {label: (of_kind(kind), colour) for kind, (label, colour) in _FAMILIES.items()}
     for axes, name in zip(panels, names, strict=True):
         _lines(axes, results, name, "exact", series, "frechet")
-        axes.autoscale(axis="y")
+        axes.set_ylim(bottom=results["floor"][name]["frechet"]["value"] / 2)
         _plain(axes, target(name).title, "evaluations per sample", "Frechet distance, classifier's features")
     panels[0].legend(fontsize=7, framealpha=0.8)
     return write(figure, path, "Frechet distance (grey: what real samples have)")
@@ -191,7 +191,8 @@ def _picked(results: dict[str, Any], name: str, nfe: int, key: str) -> list[Entr
     for kind, count in (("P", 2), ("PC", 2), ("C", 1)):
         picks += [e for e in found if e.kind == kind][:count]
     finite = [e for e in found if np.isfinite(e.value)]
-    return picks + ([max(finite, key=lambda e: e.value)] if finite else [])
+    worst = max(finite, key=lambda e: e.value, default=None)
+    return picks if worst is None or worst in picks else [*picks, worst]
 
 
 def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Path | None:
