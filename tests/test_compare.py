@@ -305,7 +305,7 @@ def test_verdicts_say_what_the_numbers_say() -> None:
         "Against P with the same evaluations: better in 0, worse in 1, no clear difference in 1 of 2" in text
     )
     assert "reverse_diffusion with Langevin: not tested" in text
-    assert "correctors alone are worst: reproduced" in text
+    assert "with as many evaluations, ddim: reproduced (better in 0, worse in 1" in text
     ranked = places(results, "exact")
     assert [row["corrector"] for row in ranked] == ["langevin", "mala"] or ranked[0]["place"] == 1.5
     assert ranked[0]["place"] == pytest.approx(1.5) and ranked[0]["error"] > 0.1

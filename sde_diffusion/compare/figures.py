@@ -29,7 +29,7 @@ _LEAST = 1e-4
 
 
 def _panels(count: int, width: float = 3.3, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    figure = new_figure(width * count, height)
+    figure = new_figure(max(width * count, 4.8), height)  # one panel must not be narrower than its title
     axes = figure.subplots(1, count, squeeze=False)[0]
     return figure, list(axes)
 
@@ -80,7 +80,9 @@ def _lines(
     axes.minorticks_off()
     noise = results["floor"].get(name, {}).get(measure.removesuffix("_b"))
     if noise is not None:
-        axes.axhspan(_LEAST / 2, max(noise["value"] + 2 * noise["error"], _LEAST), color="#edf2f7", zorder=0)
+        axes.axhspan(
+            _LEAST / 2, max(noise["value"], 0) + 2 * noise["error"] + _LEAST, color="#edf2f7", zorder=0
+        )
 
 
 def families(results: dict[str, Any], path: Path, score: str = "exact") -> Path:
@@ -111,7 +113,7 @@ def frechet(results: dict[str, Any], path: Path) -> Path | None:
     series = {label: (of_kind(kind), colour) for kind, (label, colour) in _FAMILIES.items()}
     for axes, name in zip(panels, names, strict=True):
         _lines(axes, results, name, "exact", series, "frechet")
-        axes.autoscale(axis="y")
+        axes.set_ylim(bottom=results["floor"][name]["frechet"]["value"] / 2)
         _plain(axes, target(name).title, "evaluations per sample", "Frechet distance, classifier's features")
     panels[0].legend(fontsize=7, framealpha=0.8)
     return write(figure, path, "Frechet distance (grey: what real samples have)")
@@ -140,7 +142,7 @@ def heat_map(results: dict[str, Any], path: Path, nfe: int) -> Path:
     """Energy distance over correctors and step sizes, after DDIM."""
     settings = results["settings"]
     names, ratios, correctors = settings["targets"], settings["ratios"], settings["correctors"]
-    figure, panels = _panels(len(names), width=2.9, height=3.6)
+    figure, panels = _panels(len(names), width=3.3, height=3.6)
     for axes, name in zip(panels, names, strict=True):
         values = np.array(
             [[ratio_of(results["arms"], c, nfe).get((name, r), np.nan) for r in ratios] for c in correctors]
@@ -151,13 +153,16 @@ def heat_map(results: dict[str, Any], path: Path, nfe: int) -> Path:
         )
         for i, row in enumerate(values):
             for j, value in enumerate(row):
+                colour = "#ffffff" if logs[i, j] > -2 else "#1a202c"  # dark cells are far from the target
                 text = "diverged" if np.isinf(value) else "" if np.isnan(value) else f"{value:.2g}"
-                axes.text(j, i, text, ha="center", va="center", fontsize=5.5, color="#1a202c")
+                axes.text(j, i, text, ha="center", va="center", fontsize=6.5, color=colour)
         _plain(axes, target(name).title, "step size / sigma²")
         axes.grid(False)
         axes.set_xticks(range(len(ratios)), [f"{r:g}" for r in ratios])
         axes.set_yticks(range(len(correctors)), correctors if axes is panels[0] else [""] * len(correctors))
-    figure.colorbar(shown, ax=panels, label="log10 energy distance", shrink=0.8)
+    bar = figure.colorbar(shown, ax=panels, shrink=0.8)
+    bar.set_label("log10 energy distance", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     return write(figure, path, f"step sizes, {nfe} evaluations, DDIM + one corrector step a time")
 
 
@@ -186,7 +191,8 @@ def _picked(results: dict[str, Any], name: str, nfe: int, key: str) -> list[Entr
     for kind, count in (("P", 2), ("PC", 2), ("C", 1)):
         picks += [e for e in found if e.kind == kind][:count]
     finite = [e for e in found if np.isfinite(e.value)]
-    return picks + ([max(finite, key=lambda e: e.value)] if finite else [])
+    worst = max(finite, key=lambda e: e.value, default=None)
+    return picks if worst is None or worst in picks else [*picks, worst]
 
 
 def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Path | None:
@@ -195,7 +201,7 @@ def clouds(results: dict[str, Any], path: Path, name: str, nfe: int = 50) -> Pat
     picks = _picked(results, name, nfe, "cloud")
     if not picks:
         return None
-    figure, panels = _panels(len(picks), width=2.4, height=2.7)
+    figure, panels = _panels(len(picks), width=2.4, height=3.1)
     limits = 5.5 if name == "funnel" else 3.6 if chosen.mixture is not None else 3 * chosen.scale
     for axes, entry in zip(panels, picks, strict=True):
         _contours(axes, chosen, limits)

@@ -157,7 +157,7 @@ def _answers(results: dict[str, Any]) -> str:
             e = a[kind]
             cells += [_cell(None), _cell(None)] if e is None else [_cell(e.method), _cell(e.value, _shown(e))]
         rows.append(cells)
-    heads = ("target", "score", "NFE", "better spent on", "z", "best P", "", "best PC", "", "best C", "")
+    heads = ("target", "score", "NFE", "better spent on", "z", "best P", "P", "best PC", "PC", "best C", "C")
     return _table(heads, rows, "answers")
 
 

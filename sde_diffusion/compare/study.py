@@ -9,13 +9,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from sde_diffusion.compare.arms import CORRECTORS, RATIOS, Arm, plan, run_arm
@@ -135,8 +135,7 @@ def run_task(task: Task, settings: Settings) -> dict[str, Any]:
 def _work(task: Task, settings: Settings, path: str) -> None:
     torch.set_num_threads(1)
     begin = time.process_time()
-    with threadpool_limits(1):  # two processes with two threads each are slower than with one
-        result = json.dumps(run_task(task, settings) | {"cpu": time.process_time() - begin})
+    result = json.dumps(run_task(task, settings) | {"cpu": time.process_time() - begin})
     draft = Path(path).with_suffix(f".{os.getpid()}")
     draft.write_text(result, encoding="utf-8")
     draft.replace(path)  # whole or not at all
@@ -152,7 +151,12 @@ def run_study(
     Returns:
         ``arms``, ``chains`` (lists of results), ``missing`` (tasks that the budget left out), ``seconds`` of this
         run, ``cpu_seconds`` of all tasks, ``settings``.
+
+    Raises:
+        UsageError: a folder that is no run; nothing has been done.
     """
+    for name in settings.targets:
+        target(name)
     place = Path(folder)
     (place / "arms").mkdir(parents=True, exist_ok=True)
     everything = tasks(settings)
@@ -184,7 +188,7 @@ def run_study(
 
 
 def floor(settings: Settings) -> dict[str, Any]:
-    """What exact samples would get: by target."""
+    """What real samples would get: by target."""
     n, seed = settings.samples, settings.seed
     return {name: measure(target(name).floor(n, seed), target(name), seed + 1) for name in settings.targets}
 
@@ -192,6 +196,22 @@ def floor(settings: Settings) -> dict[str, Any]:
 def _weight(task: Task) -> int:
     # Measuring costs as much as fifty evaluations.
     return 50 + task[1].get("nfe", 60)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes started meanwhile have linear algebra on one thread: two with two each are slower on two cores."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _done(todo: Sequence[tuple[Task, Path]], settings: Settings, deadline: float) -> Iterator[Task]:
@@ -205,7 +225,7 @@ def _done(todo: Sequence[tuple[Task, Path]], settings: Settings, deadline: float
         return
     left = iter(todo)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
+    with _one_thread_each(), ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
         running: dict[Any, Task] = {}
         while True:
             while len(running) < 2 * settings.jobs and time.monotonic() < deadline:

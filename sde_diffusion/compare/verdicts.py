@@ -191,14 +191,14 @@ def _finding(rows: list[dict[str, Any]]) -> list[str]:
             f"{_seen(*equal)} ({_counted(*equal)}). Against P with the same evaluations: {_counted(*more)}."
         )
 
-    def worst(row: dict[str, Any]) -> Entry | None:
-        others = [row[k] for k in row if k not in ("target", "nfe", "C") and row[k] is not None]
-        return max(others, key=lambda e: e.value) if others else None
-
-    alone = _tally((row["C"], worst(row)) for row in rows)
-    flipped = (alone[1], alone[0], alone[2])
-    said.append(
-        f"The paper's finding that correctors alone are worst: {_seen(*flipped)} (against the worst of the others "
-        f"{_counted(*alone)})."
-    )
+    for predictor in ("reverse_diffusion", "ddim"):
+        others = [[row[f"{predictor} P N"], row[f"{predictor} PC"]] for row in rows]
+        worst = [
+            max((e for e in pair if e is not None), key=lambda e: e.value, default=None) for pair in others
+        ]
+        better, worse, open_ = _tally((row["C"], w) for row, w in zip(rows, worst, strict=True))
+        said.append(
+            "The paper's finding that correctors alone are worst, against the worse of P and PC with as many "
+            f"evaluations, {predictor}: {_seen(worse, better, open_)} ({_counted(better, worse, open_)})."
+        )
     return said
