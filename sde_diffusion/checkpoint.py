@@ -4,6 +4,7 @@ used."""
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import platform
 import re
@@ -23,6 +24,7 @@ __all__ = [
     "Checkpoints",
     "config_differences",
     "describe",
+    "digest",
     "load_weights",
     "plain",
     "read_checkpoint",
@@ -246,6 +248,15 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str | 
     if differences:
         raise CheckpointError(f"the weights in {source} are of another model:{describe(differences)}")
     model.load_state_dict(weights)
+
+
+def digest(model: nn.Module) -> str:
+    """A name for the weights of a model: the first 16 digits of a SHA-256 over all its tensors."""
+    found = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        found.update(value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

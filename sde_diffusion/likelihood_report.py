@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion import build, pictures
+from sde_diffusion.checkpoint import digest
 from sde_diffusion.ends import prior_mismatch
 from sde_diffusion.evaluation import as_pictures, mean_and_error, part_of, subset
 from sde_diffusion.runs import Run
@@ -214,6 +215,8 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
         "levels": data.levels,
         "seed": int(run.config.seed),
     }
+    if run.info.is_image and block.dequantization == build.VARIATIONAL:
+        section["flow"] = digest(run.flow)
     pilot = indices["test"][: settings.pilot_images]
     x, labels = part_of(data, "test", pilot)
     labels = labels if conditional else None
@@ -224,6 +227,7 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
         chosen, section["plan"] = _planned(run, x, labels, len(indices["test"]))
     place.folder.mkdir(parents=True, exist_ok=True)
     everything = {"block": block.to_dict(), "chosen": chosen, "seed": section["seed"], "step": run.step}
+    everything["flow"] = section.get("flow")
     rows = _Rows(place, hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest())
     values: dict[str, Tensor] = {}
     for part, wanted in indices.items():

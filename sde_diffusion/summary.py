@@ -52,6 +52,17 @@ def _training(section: Section) -> list[str]:
     ]
 
 
+def _dequantization(section: Section) -> list[str]:
+    return [
+        f"a flow of {section['parameters']:,} parameters, {section['steps']} steps in "
+        f"{duration(section['seconds'])}",
+        f"bound by denoising, held-out: {section['heldout_loss']:.4f} bits/dim (uniform "
+        f"{section['uniform_heldout_loss']:.4f}); training: {section['train_loss']:.4f} (uniform "
+        f"{section['uniform_train_loss']:.4f})",
+        "used by --mode likelihood --config.likelihood.dequantization=variational",
+    ]
+
+
 def _samples(section: Section) -> list[str]:
     picture = f" -> {section['picture']}" if "picture" in section else ""
     return [
@@ -165,6 +176,7 @@ def _import(section: Section) -> list[str]:
 
 _WRITERS: dict[str, Callable[[Section], list[str]]] = {
     "training": _training,
+    "dequantization": _dequantization,
     "samples": _samples,
     "samples_pc": _samples,
     "samples_ode": _samples,

@@ -18,6 +18,8 @@ MODE
                then draws sample grids by predictor-corrector and by ODE, evaluates bits/dim and quality
   sample       draws sampling.n samples from the trained model in DIR: samples.npz, samples.png
   likelihood   evaluates bits/dim of test and training data: likelihood.csv (each image), likelihood.png
+  dequantize   trains the flow of variational dequantization for the model in DIR, which stays as it is; for
+               --mode likelihood --config.likelihood.dequantization=variational
   bound        evaluates the variational bound term by term, beside its limit in continuous time and the
                likelihood by the ODE: bound.csv (each term), bound.png
   compare      predictors and correctors at equal numbers of evaluations, on targets known exactly and on runs
@@ -40,6 +42,7 @@ MODE
     *.png *.npz *.csv       pictures, samples, values for each image
     config.json             the config in full
     model.safetensors       an imported model
+    dequantization/         the flow of variational dequantization
     checkpoints/            in Python: run = sde_diffusion.load("DIR"); run.sample(64); run.bits_per_dim(x)
     tensorboard/            tensorboard --logdir runs
 --config.KEY=VALUE
