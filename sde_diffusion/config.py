@@ -285,7 +285,11 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             "--mode dequantize",
         ),
         "dequantizations": Key(1, "dequantization draws per image"),
-        "importance": Key(False, "weight the draws by importance instead of averaging: a tighter bound"),
+        "importance": Key(
+            False,
+            "weight the draws by importance instead of averaging: a tighter bound, with divergence exact (the noise "
+            "of an estimate would pass for probability)",
+        ),
         "pilot_images": Key(8, "test images evaluated again to take the error apart; 0: none"),
         "test_images": Key(None, "evaluate the first so many test images; none: all", int),
         "train_images": Key(None, "and so many training images beside them; none: as many; 0: none", int),

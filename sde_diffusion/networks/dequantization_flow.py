@@ -103,12 +103,13 @@ class DequantizationFlow(nn.Module):
     def _told(self, image: Tensor) -> Tensor:
         """What the networks are told of the image, (B, 3 C, H, W)."""
         last = self.levels - 1
-        return torch.cat([2 * image.float() / last - 1, image == 0, image == last], 1)
+        found = torch.cat([2 * image.double() / last - 1, image == 0, image == last], 1)
+        return found.to(next(self.parameters()).dtype)
 
     def _splines(self, layer: int, told: Tensor, u: Tensor) -> Tensor:
         """Of the splines of a layer, float64 (B, C, H, W, n)."""
-        still = (~self._moving(layer)).float()
-        places = (2 * u.float() - 1) * still
+        still = (~self._moving(layer)).to(told.dtype)
+        places = (2 * u.to(told.dtype) - 1) * still
         colour = still[:1].expand(len(u), 1, *self.shape[1:])
         found = self.layers[layer](torch.cat([told, places, colour], 1))
         return found.unflatten(1, (self.shape[0], -1)).movedim(2, -1).double()
