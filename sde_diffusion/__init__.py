@@ -31,7 +31,11 @@ from sde_diffusion.correctors import (
 )
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.decoders import DiscretizedGaussian, GaussianDecoder
-from sde_diffusion.dequantization import TruncatedNormalDequantization, UniformDequantization
+from sde_diffusion.dequantization import (
+    TruncatedNormalDequantization,
+    UniformDequantization,
+    VariationalDequantization,
+)
 from sde_diffusion.divergence import ExactDivergence, HutchinsonDivergence, HutchPlusPlus
 from sde_diffusion.ends import prior_mismatch, truncation_offset
 from sde_diffusion.importance_bound import PathWeights, importance_bound
@@ -125,6 +129,7 @@ def load(workdir: str | _Path, **options: _Any) -> _Run:
 
 
 _LAZY = {
+    "DequantizationFlow": "networks.dequantization_flow",
     "MLP": "networks",
     "Trainer": "training",
     "TrainingSettings": "training_settings",

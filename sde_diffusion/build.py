@@ -8,7 +8,9 @@ as a :class:`~sde_diffusion.config.UsageError` that names the block and the valu
 from __future__ import annotations
 
 from sde_diffusion.builders.data import DataInfo, augmentation, dataset
+from sde_diffusion.builders.dequantize import dequantization_flow, dequantization_training
 from sde_diffusion.builders.evaluation import (
+    VARIATIONAL,
     BoundSettings,
     LikelihoodSettings,
     bound,
@@ -38,6 +40,7 @@ __all__ = [
     "NETWORKS",
     "PREDICTORS",
     "SDES",
+    "VARIATIONAL",
     "BoundSettings",
     "DataInfo",
     "LikelihoodSettings",
@@ -48,6 +51,8 @@ __all__ = [
     "bound",
     "correctors",
     "dataset",
+    "dequantization_flow",
+    "dequantization_training",
     "device",
     "likelihood",
     "network",

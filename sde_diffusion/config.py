@@ -282,10 +282,16 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             float,
         ),
         "dequantization": Key(
-            "uniform", "uniform, or truncated_normal for models trained on the centres of levels"
+            "uniform",
+            "uniform; truncated_normal, for models trained on the centres of levels; or variational, by the flow of "
+            "--mode dequantize",
         ),
         "dequantizations": Key(1, "dequantization draws per image"),
-        "importance": Key(False, "weight the draws by importance instead of averaging: a tighter bound"),
+        "importance": Key(
+            False,
+            "weight the draws by importance instead of averaging: a tighter bound, with divergence exact (the noise "
+            "of an estimate would pass for probability)",
+        ),
         "pilot_images": Key(8, "test images evaluated again to take the error apart; 0: none"),
         "test_images": Key(None, "evaluate the first so many test images; none: all", int),
         "images": Key(
@@ -293,6 +299,21 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         ),
         "train_images": Key(None, "and so many training images beside them; none: as many; 0: none", int),
         "batch_size": Key(360, "images at a time; it does not change the result"),
+    },
+    "dequantize": {
+        "layers": Key(4, "of the flow: coupling layers"),
+        "channels": Key(32, "of the flow: width of its networks"),
+        "blocks": Key(1, "of the flow: residual blocks in each network"),
+        "bins": Key(8, "of the flow: bins of its splines"),
+        "steps": Key(600, "optimizer steps"),
+        "minutes": Key(None, "end after so many minutes, whatever steps says", float),
+        "batch_size": Key(64, "images per step"),
+        "learning_rate": Key(3e-3, "peak learning rate, which decays to 0"),
+        "warmup_steps": Key(20, "linear warm-up"),
+        "log_every": Key(25, "steps between points of the curves"),
+        "eval_every": Key(200, "steps between held-out bounds; 0: at the end"),
+        "eval_size": Key(None, "images in a held-out bound; none: all, at least 1024", int),
+        "checkpoint_every": Key(100, "steps between checkpoints; 0: at the end"),
     },
     "bound": {
         "steps": Key(1000, "of the chain, unless sde.name=ddpm says it"),

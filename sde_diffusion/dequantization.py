@@ -26,18 +26,26 @@ __all__ = [
     "Dequantization",
     "TruncatedNormalDequantization",
     "UniformDequantization",
+    "VariationalDequantization",
     "cell_log_volume",
     "combine",
     "dequantized",
     "off_the_grid",
+    "placed",
 ]
 
 
 class Dequantization(Protocol):
     """Where in its cell each value lies."""
 
-    def draw(self, uniforms: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-        """``u`` in (0, 1), shaped like the ``uniforms`` (B, *D) it is made of, and ``log q(u)`` in nats, (B,)."""
+    def draw(self, uniforms: Tensor, levels: int, image: Tensor) -> tuple[Tensor, Tensor]:
+        """``u`` in (0, 1), shaped like the ``uniforms`` (B, *D) it is made of, and ``log q(u | k)`` in nats, (B,).
+
+        Args:
+            uniforms: in (0, 1).
+            levels: the number of grey levels.
+            image: the grey levels ``k`` themselves, (B, *D).
+        """
         ...
 
     def start(self, sde: SDE, levels: int) -> float:
@@ -49,7 +57,7 @@ class Dequantization(Protocol):
 class UniformDequantization:
     """Uniform in the cell: ``log q = 0``; for models trained on data dequantized like that."""
 
-    def draw(self, uniforms: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    def draw(self, uniforms: Tensor, levels: int, image: Tensor) -> tuple[Tensor, Tensor]:
         """The uniforms themselves."""
         return uniforms, uniforms.new_zeros(len(uniforms), dtype=torch.float64)
 
@@ -80,7 +88,7 @@ class TruncatedNormalDequantization:
         if not 0 < self.edge < math.inf:
             raise ValueError(f"edge must be positive and finite, got {self.edge!r}")
 
-    def draw(self, uniforms: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+    def draw(self, uniforms: Tensor, levels: int, image: Tensor) -> tuple[Tensor, Tensor]:
         """By the inverse of the distribution function."""
         inside = math.erf(self.edge / math.sqrt(2))
         n = torch.special.ndtri(0.5 + inside * (uniforms.double() - 0.5)).clamp(-self.edge, self.edge)
@@ -99,6 +107,46 @@ class TruncatedNormalDequantization:
                 f"{least:.3g}"
             )
         return t
+
+
+class Flow(Protocol):
+    """A conditional density on the unit cube, as :class:`VariationalDequantization` uses it."""
+
+    levels: int
+
+    def __call__(self, uniforms: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        """``u`` made of uniform numbers, (B, *D), and ``log q(u | k)`` in nats, (B,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class VariationalDequantization:
+    """A learned ``q(u | k)``, trained to make the bound tight (Ho et al. 2019, "Flow++", section 3.1).
+
+    The best is ``p(u | k) = p(v) w^D / P(k)``, for which the bound is the probability itself with a single draw. For
+    models trained on uniformly dequantized data, whose density is too smooth for the edges of the cells: ``q``
+    keeps away from where the density falls. The density is that of ``t_min``, as for uniform noise.
+
+    Args:
+        flow: such as :class:`~sde_diffusion.networks.dequantization_flow.DequantizationFlow`.
+
+    Raises:
+        ValueError: by ``draw``, images of another shape or number of levels than the flow's.
+    """
+
+    flow: Flow
+
+    @torch.no_grad()
+    def draw(self, uniforms: Tensor, levels: int, image: Tensor) -> tuple[Tensor, Tensor]:
+        """By the flow."""
+        if levels != self.flow.levels:
+            raise ValueError(f"the dequantization flow is for {self.flow.levels} grey levels, got {levels}")
+        u, log_q = self.flow(uniforms, image)
+        return u.to(uniforms.dtype), log_q
+
+    def start(self, sde: SDE, levels: int) -> float:
+        """``t_min``."""
+        return sde.t_min
 
 
 def dequantized(
@@ -120,11 +168,22 @@ def dequantized(
     rows = range(first_index, first_index + len(levels))
     noise = SampleNoise(seed, rows, levels.shape[1:], device=levels.device, stream=DEQUANTIZATION)
     noise.draws = draw
-    margin = count * 2.0**-24  # float32 must not round into a neighbouring cell
-    u, log_q = dequantization.draw(noise.uniform().double().clamp(margin, 1 - margin), count)
+    margin = _margin(count)
+    u, log_q = dequantization.draw(noise.uniform().double().clamp(margin, 1 - margin), count, levels)
+    return placed(u, levels, count, data_range=data_range), log_q
+
+
+def _margin(count: int) -> float:
+    """How far ``u`` stays away from 0 and 1: float32 must not round into a neighbouring cell."""
+    return count * 2.0**-24
+
+
+def placed(u: Tensor, levels: Tensor, count: int, *, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
+    """``v = low + w (k + u)``, float32 (B, *D), strictly within its cell; differentiable in ``u``, of [0, 1]."""
+    margin = _margin(count)
     low, high = data_range
-    v = low + (high - low) / count * (levels.double() + u.clamp(margin, 1 - margin))
-    return v.float(), log_q
+    v = low + (high - low) / count * (levels.double() + u.double().clamp(margin, 1 - margin))
+    return v.float()
 
 
 def off_the_grid(images: Tensor, count: int) -> Tensor:

@@ -1,5 +1,5 @@
-"""The jobs of the command line: train (and evaluate), sample, evaluate the likelihood or the variational bound,
-import a published model.
+"""The jobs of the command line: train (and evaluate), sample, train a dequantization, evaluate the likelihood or the
+variational bound, import a published model.
 
 Each checks everything that can be checked before it starts, writes its numbers into ``metrics.json`` as soon
 as it has them, and prints a summary. Their errors before any work is done are
@@ -22,10 +22,11 @@ from torch import nn
 
 from sde_diffusion import bound_report, build, evaluation, likelihood_report, pictures
 from sde_diffusion.build import DataInfo
-from sde_diffusion.checkpoint import CheckpointError
+from sde_diffusion.checkpoint import CheckpointError, config_differences, weights_hash
 from sde_diffusion.compare.job import compare_job
 from sde_diffusion.config import UsageError, changed
 from sde_diffusion.data import from_model
+from sde_diffusion.dequantization_loss import FlowModel
 from sde_diffusion.finetuning import load_initial_weights
 from sde_diffusion.imported import IMPORTED, import_config, read_source, write_imported
 from sde_diffusion.pretrained.native import network_of
@@ -35,7 +36,15 @@ from sde_diffusion.summary import duration, summarize
 from sde_diffusion.training import Trainer, TrainingResult
 from sde_diffusion.workdir import RESUMABLE_CHANGES, Workdir, environment
 
-__all__ = ["EvaluationError", "bound_job", "import_job", "likelihood_job", "sample_job", "train_job"]
+__all__ = [
+    "EvaluationError",
+    "bound_job",
+    "dequantize_job",
+    "import_job",
+    "likelihood_job",
+    "sample_job",
+    "train_job",
+]
 
 _PREVIEW = 36  # samples in a picture for TensorBoard
 _EVALUATION = ("samples_pc", "samples_ode", "likelihood", "baseline", "quality")
@@ -86,6 +95,11 @@ def train_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     build.positive(config, "report.quality_samples", 4)
     build.positive(config, "report.permutations")
     place.require_same_run(config)
+    if config.report.likelihood and config.likelihood.dequantization == build.VARIATIONAL:
+        raise UsageError(
+            "a flow of variational dequantization is trained when its model is finished: leave "
+            "likelihood.dequantization for now, or report.likelihood, and go on with --mode dequantize"
+        )
     data = build.dataset(config)
     info = DataInfo.of(data)
     model = build.score_model(config, info)
@@ -277,11 +291,13 @@ def likelihood_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
     build.positive(config, "seed", 0)
     build.likelihood(config)
     run = _load(config, workdir)
-    # Loaded now: what is wrong with the data is an error of usage.
+    # Loaded now: what is wrong with the data or the flow is an error of usage.
     if config.likelihood.images is None:
         assert run.data is not None
     else:
         evaluation.given_images(config.likelihood.images, run.info)
+    if run.info.is_image and run.config.likelihood.dequantization == build.VARIATIONAL:
+        assert run.flow is not None
     fitted = place.read_metrics().get("baseline", {}).get("test_bits_per_dim")
     references = {} if fitted is None else {"Gaussian mixture, test": float(fitted)}
     sections = _Sections(place)
@@ -291,6 +307,54 @@ def likelihood_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     sections.add("likelihood", "evaluating likelihoods", evaluate)
     return _finish(run, place, sections, ("likelihood", "baseline"))
+
+
+def dequantize_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
+    """Trains the flow of variational dequantization for the model in a folder, or goes on where an earlier attempt
+    stopped: ``dequantization/``, and the section ``dequantization``. The model stays as it is.
+
+    Raises:
+        UsageError: the config, the data or the folder are wrong, or there is a flow of another kind or for other
+            weights of the model; nothing has been done.
+        TrainingInterrupted, TrainingDiverged: see :class:`~sde_diffusion.training.Trainer`.
+    """
+    place = Workdir(workdir)
+    build.positive(config, "seed", 0)
+    run = _load(config, workdir)
+    flow = build.dequantization_flow(config, run.info)
+    data, levels = run.data, run.info.levels
+    assert levels is not None
+    settings = build.dequantization_training(config, run.model, levels)
+    own, folder = {"flow": flow.config, "model": weights_hash(run.model)}, place.dequantization.folder
+    try:
+        there = place.dequantization.checkpoints.load()
+        differences = [] if there is None else config_differences(there[1]["config"], own)
+        if differences:
+            raise UsageError(
+                f"the flow in {folder} is another ({'; '.join(differences)}): delete that folder to train a new one"
+            )
+        trainer = Trainer(FlowModel(flow, run.sde), data, settings, folder, own)
+        size = sum(p.numel() for p in flow.parameters())
+        _say(
+            f"training a dequantization flow of {size:,} parameters for {run.info.name}, {run.sde}, {run.history}; "
+            f"results go to {folder}"
+        )
+        uniform = trainer.evaluate()  # a new flow is uniform
+        result = trainer.run()
+    except CheckpointError as error:
+        raise UsageError(f"{' '.join(str(error).split())}; or delete {folder} to begin anew") from error
+    place.merge_metrics(
+        dequantization={
+            **_training_section(result, size),
+            "unit": "bits/dim",
+            "uniform_train_loss": uniform["eval/train_loss"],
+            "uniform_heldout_loss": uniform["eval/heldout_loss"],
+            "model_step": run.step,
+            "settings": run.config.dequantize.to_dict(),
+            **environment(run.device),
+        }
+    )
+    return _finish(run, place, _Sections(place), ("dequantization",))
 
 
 def bound_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -376,6 +440,7 @@ def import_job(
 JOBS: dict[str, Callable[..., dict[str, Any]]] = {
     "train": train_job,
     "sample": sample_job,
+    "dequantize": dequantize_job,
     "likelihood": likelihood_job,
     "bound": bound_job,
     "compare": compare_job,

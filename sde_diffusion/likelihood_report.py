@@ -266,6 +266,8 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
         "levels": run.info.levels,
         "seed": int(run.config.seed),
     }
+    if run.info.is_image and block.dequantization == build.VARIATIONAL:
+        section["flow"] = weights_hash(run.flow)
     x, labels = first_part.rows((~first_part.wrong).nonzero().flatten()[: settings.pilot_images])
     labels = labels if conditional else None
     chosen: dict[str, Any] = {}
@@ -274,7 +276,7 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
             raise ValueError(f"a tolerance needs at least 2 pilot_images, got {len(x)}")
         chosen, section["plan"] = _planned(run, x, labels, len(first_part))
     place.folder.mkdir(parents=True, exist_ok=True)
-    key = {name: section[name] for name in ("seed", "step", "weights_sha256")}
+    key = {name: section.get(name) for name in ("seed", "step", "weights_sha256", "flow")}
     data = {name: hashlib.sha256(part.x.numpy().tobytes()).hexdigest() for name, part in parts.items()}
     everything = key | {"block": block.to_dict(), "chosen": chosen, "data": data}
     rows = _Rows(place, hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest())

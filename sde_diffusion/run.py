@@ -1,5 +1,5 @@
-"""The command line: ``python -m sde_diffusion.run --mode train|sample|likelihood|bound|compare|import ...``;
-``--help`` says the rest.
+"""The command line: ``python -m sde_diffusion.run --mode train|sample|likelihood|dequantize|bound|compare|import
+...``; ``--help`` says the rest.
 
 Thin: it reads flags into a config and calls one of :mod:`sde_diffusion.jobs`. Exit status: 0, or 1 when
 training diverged or an evaluation failed, 2 when what was asked for makes no sense (nothing has been done),

@@ -16,13 +16,14 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from sde_diffusion import build
-from sde_diffusion.build import DataInfo, LikelihoodSettings
-from sde_diffusion.checkpoint import config_differences, load_weights
+from sde_diffusion.build import DataInfo
+from sde_diffusion.checkpoint import config_differences, load_weights, weights_hash
 from sde_diffusion.config import UsageError, changed, set_key
 from sde_diffusion.data import DataSet, rescale
-from sde_diffusion.dequantization import combine, dequantized
+from sde_diffusion.dequantization import Dequantization, combine, dequantized
 from sde_diffusion.imported import IMPORTED, fitting_data, import_config, read_imported
 from sde_diffusion.likelihood import bits_per_dim, log_likelihood
+from sde_diffusion.networks.dequantization_flow import DequantizationFlow
 from sde_diffusion.ode import SolverError
 from sde_diffusion.score import Score, ScoreModel
 from sde_diffusion.sdes import SDE
@@ -131,6 +132,39 @@ class Run:
                 f"the data of {self.folder} have changed: trained on {self.info}, found {DataInfo.of(data)}"
             )
         return data
+
+    @cached_property
+    def flow(self) -> DequantizationFlow:
+        """The flow of variational dequantization that ``--mode dequantize`` trained for this model.
+
+        Raises:
+            UsageError: there is none, or it is for other images.
+        """
+        place = Workdir(self.folder).dequantization
+        found = place.checkpoints.load()
+        if found is None:
+            raise UsageError(
+                f"variational dequantization needs a trained flow, and {str(self.folder)!r} has none: train it by "
+                f"--mode dequantize --workdir {self.folder}"
+            )
+        path, state = found
+        own = state["config"]
+        made_for = (tuple(own["flow"]["shape"]), own["flow"]["levels"])
+        if made_for != (self.info.shape, self.info.levels):
+            raise UsageError(
+                f"the flow in {place.folder} is for images of shape {made_for[0]} with {made_for[1]} levels, and "
+                f"those of this model have {self.info.shape} with {self.info.levels}"
+            )
+        if own["model"] != weights_hash(self.model):
+            warnings.warn(
+                f"the flow in {place.folder} was trained for other weights of this model: the bound holds, and is "
+                "looser than it could be",
+                stacklevel=2,
+            )
+        flow = DequantizationFlow(**own["flow"])
+        weights = {k.removeprefix("flow."): v for k, v in state["ema"]["model"].items()}
+        load_weights(flow, weights, path)
+        return flow.to(self.device).eval().requires_grad_(False)
 
     def score(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """``grad_x log p_t(x)``: (B, *D) and () or (B,) -> (B, *D); ``cond`` is such as ``y=labels``.
@@ -258,8 +292,8 @@ class Run:
     # --------------------------------------------------------------------------------------------- likelihood
 
     def bits_per_dim(self, images: Tensor, seed: int = 0, **options: Any) -> Tensor:
-        """Bits per dimension of images, (B,): an upper bound of the code length of their grey levels, by
-        uniform dequantization.
+        """Bits per dimension of images, (B,): an upper bound of the code length of their grey levels, by the
+        config's dequantization.
 
         Args:
             images: grey levels 0 .. levels - 1, an integer tensor (B, C, H, W).
@@ -314,7 +348,7 @@ class Run:
         config = changed(self.config)
         for key, value in likelihood.items():
             set_key(config, f"likelihood.{key}", value)
-        settings = build.likelihood(config)
+        settings = build.likelihood(config, lambda: self.flow)
         if tuple(x.shape[1:]) != self.info.shape or len(x) < 1:
             raise ValueError(
                 f"x must have the shape (B, {', '.join(map(str, self.info.shape))}), got {tuple(x.shape)}"
@@ -338,9 +372,10 @@ class Run:
         evaluations = torch.zeros(len(x), dtype=torch.int64)
         failed = torch.zeros(len(x), dtype=torch.bool)
         probes = seed if probe_seed is None else probe_seed
-        begin = self.sde.t_min
+        begin, dequantization = self.sde.t_min, None
         if self.info.levels is not None:
-            begin = settings.dequantization.start(self.sde, self.info.levels)
+            dequantization = settings.dequantization()
+            begin = dequantization.start(self.sde, self.info.levels)
         # The density of alpha v at that time, as one of v; at t_min alpha is that of the data themselves.
         log_alpha = 0.0 if begin == self.sde.t_min else float(self.sde.log_alpha(begin))
         volume += log_alpha * torch.Size(self.info.shape).numel()
@@ -348,7 +383,7 @@ class Run:
         def evaluated(draw: int, part: slice) -> tuple[Tensor, Tensor, Tensor]:
             """Log-ratios, evaluations and failures of a part of the samples in one draw."""
             piece, index = x[part].to(self.device), first_index + part.start
-            continuous, log_q = self._continuous(piece, settings, seed, index, draw)
+            continuous, log_q = self._continuous(piece, dequantization, seed, index, draw)
             try:
                 out = log_likelihood(
                     self.sde,
@@ -389,14 +424,12 @@ class Run:
         )
 
     def _continuous(
-        self, x: Tensor, settings: LikelihoodSettings, seed: int, index: int, draw: int
+        self, x: Tensor, dequantization: Dequantization | None, seed: int, index: int, draw: int
     ) -> tuple[Tensor, Tensor]:
         """Data in the model's range, and the log-density of their dequantization noise within a cell, (B,)."""
-        if self.info.levels is None:
+        if dequantization is None or self.info.levels is None:
             return rescale(x.float(), _RANGE, self.model.data_range), torch.zeros(len(x), device=x.device)
-        v, log_q = dequantized(
-            settings.dequantization, x, self.info.levels, seed=seed, first_index=index, draw=draw
-        )
+        v, log_q = dequantized(dequantization, x, self.info.levels, seed=seed, first_index=index, draw=draw)
         return rescale(v, _RANGE, self.model.data_range), log_q
 
 

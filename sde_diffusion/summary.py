@@ -56,6 +56,17 @@ def _initial_weights(section: Section) -> list[str]:
     return [f"of {section['folder']} after {section['step']} steps"]
 
 
+def _dequantization(section: Section) -> list[str]:
+    return [
+        f"a flow of {section['parameters']:,} parameters, {section['steps']} steps in "
+        f"{duration(section['seconds'])}",
+        f"bound by denoising, held-out: {section['heldout_loss']:.4f} bits/dim (uniform "
+        f"{section['uniform_heldout_loss']:.4f}); training: {section['train_loss']:.4f} (uniform "
+        f"{section['uniform_train_loss']:.4f})",
+        "used by --mode likelihood --config.likelihood.dequantization=variational",
+    ]
+
+
 def _samples(section: Section) -> list[str]:
     picture = f" -> {section['picture']}" if "picture" in section else ""
     return [
@@ -179,6 +190,7 @@ def _import(section: Section) -> list[str]:
 _WRITERS: dict[str, Callable[[Section], list[str]]] = {
     "initial_weights": _initial_weights,
     "training": _training,
+    "dequantization": _dequantization,
     "samples": _samples,
     "samples_pc": _samples,
     "samples_ode": _samples,

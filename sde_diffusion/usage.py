@@ -21,6 +21,8 @@ MODE
                the same command goes on after a kill
     --tolerance ERROR               wanted error of the mean, such as 0.01: chooses probes, dequantizations
                                     and the solver's tolerance at least cost, and says how
+  dequantize   trains the flow of variational dequantization for the model in DIR, which stays as it is; for
+               --mode likelihood --config.likelihood.dequantization=variational
   bound        evaluates the variational bound term by term, beside its limit in continuous time, the
                importance-weighted bound and the likelihood by the ODE: bound.csv (each term), bound.png
   compare      predictors and correctors at equal numbers of evaluations, on targets known exactly and on runs
@@ -43,6 +45,7 @@ MODE
     *.png *.npz *.csv       pictures, samples, values for each image
     config.json             the config in full
     model.safetensors       an imported model
+    dequantization/         the flow of variational dequantization
     checkpoints/            in Python: run = sde_diffusion.load("DIR"); run.sample(64); run.bits_per_dim(x)
     tensorboard/            tensorboard --logdir runs
 --config.KEY=VALUE

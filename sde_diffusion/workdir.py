@@ -4,6 +4,7 @@ agree with.
 config.json       the config; ``--config FOLDER/config.json`` uses it again
 checkpoints/      everything needed to go on, or to load the model
 model.safetensors, imported.json   instead of checkpoints: an imported model, and where it came from
+dequantization/   the flow of variational dequantization: its checkpoints and curves
 tensorboard/      curves of the training
 metrics.json      every number, one section for each thing computed
 *.png, *.npz, *.csv   pictures, samples, values per image
@@ -32,7 +33,7 @@ from sde_diffusion.training_settings import MAY_CHANGE
 
 __all__ = ["RESUMABLE_CHANGES", "Workdir", "environment"]
 
-_BLOCKS = ("sampling", "likelihood", "bound", "report", "compare", "device")
+_BLOCKS = ("sampling", "likelihood", "dequantize", "bound", "report", "compare", "device")
 RESUMABLE_CHANGES = (*_BLOCKS, *(f"training.{key}" for key in MAY_CHANGE))
 """Blocks and keys of a config that may differ when a run is resumed."""
 
@@ -70,6 +71,11 @@ class Workdir:
     def checkpoints(self) -> Checkpoints:
         """The checkpoints."""
         return Checkpoints(self.folder / "checkpoints")
+
+    @property
+    def dequantization(self) -> Workdir:
+        """The folder of the dequantization flow that was trained for the model."""
+        return Workdir(self.folder / "dequantization")
 
     def require_run(self) -> None:
         """Refuses a folder from which no model can be loaded.

@@ -11,8 +11,10 @@ from sde_diffusion.builders.shared import block_errors, named, positive
 from sde_diffusion.coordinates import Coordinates, coordinates
 from sde_diffusion.dequantization import (
     Dequantization,
+    Flow,
     TruncatedNormalDequantization,
     UniformDequantization,
+    VariationalDequantization,
 )
 from sde_diffusion.divergence import Divergence, make_divergence
 from sde_diffusion.likelihood import likelihood_solver
@@ -24,10 +26,21 @@ from sde_diffusion.variances import FixedSmall, ReverseVariance, fixed_variance
 __all__ = ["BoundSettings", "LikelihoodSettings", "bound", "likelihood", "reverse_variance"]
 
 
-DEQUANTIZATIONS: dict[str, Callable[[], Dequantization]] = {
-    "uniform": UniformDequantization,
-    "truncated_normal": TruncatedNormalDequantization,
-}
+def _no_flow() -> Flow:
+    raise ValueError("dequantization 'variational' needs the run that its flow was trained for")
+
+
+def _dequantization(name: str, flow: Callable[[], Flow]) -> Callable[[], Dequantization]:
+    kinds: dict[str, Callable[[], Dequantization]] = {
+        "uniform": UniformDequantization,
+        "truncated_normal": TruncatedNormalDequantization,
+        VARIATIONAL: lambda: VariationalDequantization(flow()),
+    }
+    return named("likelihood.dequantization", name, kinds)
+
+
+VARIATIONAL = "variational"
+"""The dequantization by a flow, which a run has or has not."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +50,7 @@ class LikelihoodSettings:
     divergence: Divergence
     solver: Solver
     coordinates: Coordinates
-    dequantization: Dequantization
+    dequantization: Callable[[], Dequantization]
     dequantizations: int
     importance: bool
     batch_size: int
@@ -47,8 +60,13 @@ class LikelihoodSettings:
     pilot_images: int
 
 
-def likelihood(config: ConfigDict) -> LikelihoodSettings:
-    """How likelihoods are evaluated."""
+def likelihood(config: ConfigDict, flow: Callable[[], Flow] = _no_flow) -> LikelihoodSettings:
+    """How likelihoods are evaluated.
+
+    Args:
+        config: the config.
+        flow: loads what variational dequantization needs, when that is first used.
+    """
     block = config.likelihood
     cap = positive(config, "likelihood.max_evaluations")
     solvers: dict[str, Callable[[], Solver]] = {
@@ -56,7 +74,7 @@ def likelihood(config: ConfigDict) -> LikelihoodSettings:
         "scipy": lambda: ScipyRK45(block.rtol, block.atol),
     }
     make = named("likelihood.solver", block.solver, solvers)
-    dequantization = named("likelihood.dequantization", block.dequantization, DEQUANTIZATIONS)
+    dequantization = _dequantization(block.dequantization, flow)
     with block_errors("likelihood"):
         if block.tolerance is not None and not 0 < block.tolerance < float("inf"):
             raise ValueError(f"tolerance must be positive, got {block.tolerance!r}")
@@ -64,7 +82,7 @@ def likelihood(config: ConfigDict) -> LikelihoodSettings:
             make_divergence(block.divergence, block.probes, block.mode),
             make(),
             coordinates(block.coordinates),
-            dequantization(),
+            dequantization,
             positive(config, "likelihood.dequantizations"),
             block.importance,
             positive(config, "likelihood.batch_size"),

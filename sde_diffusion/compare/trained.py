@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sde_diffusion.arrays import Array
+from sde_diffusion.checkpoint import weights_hash
 from sde_diffusion.compare.targets import Target
 from sde_diffusion.data import DataSet, from_model, rescale, to_model
 from sde_diffusion.metrics import ClassifierFeatures
@@ -62,7 +62,7 @@ def trained_target(folder: str) -> Target:
         scale=float(test.square().mean().sqrt()),
         observe=observe,
         fresh=fresh,
-        version=_digest(run),
+        version=weights_hash(run.model)[:16],
     )
 
 
@@ -97,11 +97,3 @@ class _InBatches:
         return torch.cat(
             [self.run.score(x[p], time[p], **{k: v[p] for k, v in given.items()}) for p in parts]
         )
-
-
-def _digest(run: Run) -> str:
-    """Of the weights: results of other weights in the same folder are not these."""
-    state = hashlib.sha256()
-    for parameter in run.model.state_dict().values():
-        state.update(parameter.detach().cpu().contiguous().numpy().tobytes())
-    return state.hexdigest()[:16]
