@@ -270,7 +270,7 @@ def test_a_flow_is_trained_kept_and_used(trained: Path, capsys) -> None:
     assert read_checkpoint(trained / "dequantization" / "checkpoints" / "latest.pt")["step"] == 4
     assert command("likelihood", trained, **keywords(IMAGES)) == 0
     report = metrics(trained)["likelihood"]
-    assert report["settings"]["dequantization"] == "variational" and len(report["flow"]) == 16
+    assert report["settings"]["dequantization"] == "variational" and len(report["flow"]) == 64
     assert "bits/dim (3 samples)" in capsys.readouterr().out
     assert (trained / "checkpoints" / "latest.pt").read_bytes() == before
     # By hand: the flow's places and density, and the likelihood of the result.
