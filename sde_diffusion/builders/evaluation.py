@@ -78,6 +78,12 @@ def likelihood(config: ConfigDict, flow: Callable[[], Flow] = _no_flow) -> Likel
     with block_errors("likelihood"):
         if block.tolerance is not None and not 0 < block.tolerance < float("inf"):
             raise ValueError(f"tolerance must be positive, got {block.tolerance!r}")
+        if block.importance and block.divergence != "exact":
+            # E[log mean exp] grows with noise: that of the probes would pass for probability.
+            raise ValueError(
+                f"importance needs divergence 'exact', got {block.divergence!r}: with random probes the result is no "
+                "bound"
+            )
         return LikelihoodSettings(
             make_divergence(block.divergence, block.probes, block.mode),
             make(),
