@@ -5,9 +5,9 @@
 
 The original: SciPy's RK45 over the batch as one float64 state at rtol = atol = 1e-5 in the time t, the network
 evaluated once for the drift and once more for the divergence. The truth: RK45 in float64 with an error control for
-each image, at ``--truth``. The methods take turns, so that what else the machine does falls on all of them; where that is
-much, ``--clock cpu`` counts the seconds of the process alone. Then what a likelihood can tell of images that are
-none of the data: turned upside down, shuffled, constant, faint.
+each image, at ``--truth``. The methods take turns, so that what else the machine does falls on all of them; where
+that is much, ``--clock cpu`` counts the seconds of the process alone. Then what a likelihood can tell of images that
+are none of the data: turned upside down, shuffled, constant, faint.
 """
 
 from __future__ import annotations

@@ -79,9 +79,7 @@ class TimeCoordinates:
         return (expand(f, z) * z - slope) * expand(2 / g2, z)
 
 
-_VARIABLES = ("log_angle", "angle", "log_snr")
-_SMALL = 5e-4
-"""Of the tangent of half an angle: below it ``log_angle`` is as the angle itself, so that 0 is not infinitely far."""
+_VARIABLES = ("angle", "log_snr")
 
 
 @dataclass(frozen=True)
@@ -91,15 +89,14 @@ class LogSNRCoordinates:
     Args:
         sigma_data: s, the standard deviation of the Gaussian whose flow is solved exactly. It changes the cost, not
             the result; 1 did best or nearly so on everything measured.
-        variable: ``"log_angle"``, ``arsinh(tan(theta / 2) / 5e-4)`` with ``theta = arctan(sigma / (alpha s))``;
-            ``"angle"``, theta; or ``"log_snr"``, ``log(sigma / alpha)``.
+        variable: ``"angle"``, ``theta = arctan(sigma / (alpha s))``, or ``"log_snr"``, ``log(sigma / alpha)``.
 
     Raises:
         ValueError: a sigma_data that is not positive and finite, an unknown variable.
     """
 
     sigma_data: float = 1.0
-    variable_name: str = "log_angle"
+    variable_name: str = "angle"
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_data < math.inf:
@@ -112,27 +109,13 @@ class LogSNRCoordinates:
         return float(torch.exp(-0.5 * sde.log_snr(t).detach()))
 
     def variable(self, sde: SDE, t: float) -> float:
-        """``theta``, from 0 to pi/2; the logarithm of its half's tangent, nearly; or half of minus the log-SNR."""
-        rho, s = self._noise(sde, t), self.sigma_data
+        """``theta``, from 0 to pi/2; or half of minus the log-SNR."""
+        rho = self._noise(sde, t)
         if self.variable_name == "angle":
-            return math.atan(rho / s)
-        if self.variable_name == "log_angle":
-            return math.asinh(math.tan(math.atan(rho / s) / 2) / _SMALL)
+            return math.atan(rho / self.sigma_data)
         if not rho > 0:
             raise ValueError(f"the log-SNR is infinite at t = {t:g}; start later, or use the angle")
         return math.log(rho)
-
-    def _noise_and_rate(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """``rho`` and ``d theta / du``, float64."""
-        u, s = u.double(), self.sigma_data
-        if self.variable_name == "angle":
-            return s * torch.tan(u), torch.ones_like(u)
-        if self.variable_name == "log_angle":
-            half = _SMALL * torch.sinh(u)
-            rate = 2 * _SMALL * torch.cosh(u) / (1 + half.square())
-            return 2 * s * half / (1 - half.square()).clamp_min(1e-300), rate
-        rho = torch.exp(u)
-        return rho, s * rho / (s**2 + rho.square())
 
     def scale(self, sde: SDE, t: float) -> float:
         """``sqrt(alpha^2 s^2 + sigma^2)``."""
@@ -140,26 +123,30 @@ class LogSNRCoordinates:
         return math.sqrt((alpha * self.sigma_data) ** 2 + variance)
 
     def field(self, sde: SDE, score: Score) -> Field:
-        """``dz/du = d theta / du (c eps - rho z) / s``."""
-        s = self.sigma_data
+        """``dz/d theta = (c eps - rho z) / s``; ``dz/d log rho = rho / c (eps - rho z / c)``."""
+        s, by_angle = self.sigma_data, self.variable_name == "angle"
 
         def field(u: Tensor, z: Tensor) -> Tensor:
-            rho, rate = self._noise_and_rate(u)
+            rho = (s * torch.tan(u) if by_angle else torch.exp(u)).double()
             t = sde.time_of_log_snr(-2 * rho.log()).clamp(sde.t_min, sde.t_max)
             alpha, c = sde.alpha(t), (s**2 + rho.square()).sqrt()
             eps = expand(-alpha * rho, z) * score(expand(alpha * c, z) * z, t)
-            return expand(rate * c / s, z) * eps - expand(rate * rho / s, z) * z
+            if by_angle:
+                return expand(c / s, z) * eps - expand(rho / s, z) * z
+            return expand(rho / c, z) * eps - expand((rho / c).square(), z) * z
 
         return field
 
     def score(self, sde: SDE, u: Tensor, z: Tensor, slope: Tensor) -> Tensor:
-        """``-c eps / rho``, with eps from the field: ``-(z + s / rho dz/d theta)``."""
-        rho, rate = self._noise_and_rate(u)
-        return -(z + expand(self.sigma_data / (rho * rate), z) * slope)
+        """``-c eps / rho``, with eps from the field: ``-(z + s / rho dz/d theta)``, or ``-(z + c^2 / rho^2 dz/d log
+        rho)``."""
+        s = self.sigma_data
+        if self.variable_name == "angle":
+            return -(z + expand(1 / torch.tan(u), z) * slope)
+        return -(z + expand(1 + s**2 * torch.exp(-2 * u), z) * slope)
 
 
 _NAMES: dict[str, Callable[[float], Coordinates]] = {
-    "log_angle": lambda s: LogSNRCoordinates(s, "log_angle"),
     "angle": lambda s: LogSNRCoordinates(s, "angle"),
     "log_snr": lambda s: LogSNRCoordinates(s, "log_snr"),
     "time": lambda s: TimeCoordinates(),

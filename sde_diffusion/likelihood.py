@@ -23,8 +23,7 @@ from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 
 _SAFETY = 0.1
-_LONGEST = 1.1
-"""Steps of ``log_angle``: the noise is at most tripled by one."""
+_REACH, _LEAST = 2.0, 1e-3
 
 
 @dataclass(frozen=True)
@@ -100,6 +99,11 @@ class LikelihoodSolver(DormandPrince):
             absolute, a step.
     """
 
+    def _longest(self, t: Tensor) -> Tensor:
+        # The angle, and so the noise, at most triples. An estimate made of a few evaluations does not see what happens
+        # between them, and sharp features of the density come at every scale of the noise.
+        return _REACH * (t.abs() + _LEAST)
+
     def _ratio(self, field: Field, step: Step) -> Tensor:
         assert isinstance(field, _Augmented)
         ratio = super()._ratio(field, step.without_last())
@@ -112,7 +116,7 @@ def likelihood_solver(
     rtol: float, atol: float, max_evaluations: int = 100_000, on_failure: str = "raise"
 ) -> DormandPrince:
     """The default solver of :func:`log_likelihood` for a wanted accuracy of the result."""
-    return LikelihoodSolver(rtol, atol, max_evaluations, on_failure, _LONGEST)
+    return LikelihoodSolver(rtol, atol, max_evaluations, on_failure)
 
 
 def log_likelihood(
