@@ -100,8 +100,8 @@ class LikelihoodSolver(DormandPrince):
     """
 
     def _longest(self, t: Tensor) -> Tensor:
-        # The angle, and so the noise, at most triples. An estimate made of a few evaluations does not see what happens
-        # between them, and sharp features of the density come at every scale of the noise.
+        # The angle, and so the noise, at most triples. An estimate made of a few evaluations does not see what
+        # happens between them, and sharp features of the density come at every scale of the noise.
         return _REACH * (t.abs() + _LEAST)
 
     def _ratio(self, field: Field, step: Step) -> Tensor:
@@ -154,11 +154,11 @@ def log_likelihood(
             (Rademacher probes), ``"gaussian"``, ``"sphere"``, ``"orthogonal"``, ``"hutch++"``, or an object of
             :mod:`sde_diffusion.divergence`.
         probes: random probes averaged by the estimators.
-        solver: default :class:`DormandPrince`, whose error control is per sample.
+        solver: default :class:`LikelihoodSolver`, whose error control is per sample. Samples that have arrived leave
+            the batch, where the score is :class:`~sde_diffusion.ode.Selectable`.
         coordinates: default :class:`~sde_diffusion.coordinates.LogSNRCoordinates`, in which the linear part is
             solved exactly; with a solver of your own the time itself.
-        rtol, atol: the accuracy wanted of the result, relative and in nats; the default solver takes its
-            steps ten times tighter, because the errors of its steps add up.
+        rtol, atol: the accuracy wanted of the result, ``atol + rtol D`` nats; see :class:`LikelihoodSolver`.
         max_evaluations: of the default solver, per sample.
         on_failure: of the default solver, ``"raise"``, or ``"nan"``: samples that fail have NaN and are marked, the
             others are finished.
