@@ -149,6 +149,10 @@ class MixtureScore:
         gradient = -torch.einsum("nk,kij,nkj->ni", joint.softmax(1), eigenvectors, along / variances)
         return gradient.reshape(x.shape).to(x.dtype)
 
+    def rows(self, index: Tensor) -> MixtureScore:
+        """The score of some samples of a batch: it is the same for all."""
+        return self
+
     def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
         """``log p_t(x)`` in nats, (n,)."""
         return self.mixture.marginal_log_prob(self.sde, x, t)

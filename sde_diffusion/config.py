@@ -272,7 +272,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "coordinates": Key(
             "angle", "variables of the ODE: angle or log_snr (the linear part solved exactly), or time"
         ),
-        "rtol": Key(1e-2, "relative accuracy of the log-likelihood"),
+        "rtol": Key(1e-2, "accuracy of the log-likelihood, nats per dimension"),
         "atol": Key(1e-2, "absolute accuracy of the log-likelihood, nats"),
         "max_evaluations": Key(10_000, "an image that needs more has failed, and is named"),
         "tolerance": Key(

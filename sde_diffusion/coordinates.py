@@ -52,6 +52,10 @@ class Coordinates(Protocol):
         """``dz/du`` of the probability flow, as ``field(u, z)``."""
         ...
 
+    def score(self, sde: SDE, u: Tensor, z: Tensor, slope: Tensor) -> Tensor:
+        """The score in these coordinates, ``grad_z log p``, that a field of value ``slope`` came from."""
+        ...
+
 
 @dataclass(frozen=True)
 class TimeCoordinates:
@@ -68,6 +72,11 @@ class TimeCoordinates:
     def field(self, sde: SDE, score: Score) -> Field:
         """The field of :func:`~sde_diffusion.ode.probability_flow`."""
         return probability_flow(sde, score)
+
+    def score(self, sde: SDE, u: Tensor, z: Tensor, slope: Tensor) -> Tensor:
+        """``2 (f x - dx/dt) / g^2``."""
+        f, g2 = sde.f_and_g2(u)
+        return (expand(f, z) * z - slope) * expand(2 / g2, z)
 
 
 _VARIABLES = ("angle", "log_snr")
@@ -127,6 +136,14 @@ class LogSNRCoordinates:
             return expand(rho / c, z) * eps - expand((rho / c).square(), z) * z
 
         return field
+
+    def score(self, sde: SDE, u: Tensor, z: Tensor, slope: Tensor) -> Tensor:
+        """``-c eps / rho``, with eps from the field: ``-(z + s / rho dz/d theta)``, or ``-(z + c^2 / rho^2 dz/d log
+        rho)``."""
+        s = self.sigma_data
+        if self.variable_name == "angle":
+            return -(z + expand(1 / torch.tan(u), z) * slope)
+        return -(z + expand(1 + s**2 * torch.exp(-2 * u), z) * slope)
 
 
 _NAMES: dict[str, Callable[[float], Coordinates]] = {

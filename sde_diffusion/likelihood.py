@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,11 +18,12 @@ from torch import Tensor
 from sde_diffusion.coordinates import Coordinates, LogSNRCoordinates, TimeCoordinates
 from sde_diffusion.divergence import Divergence, make_divergence
 from sde_diffusion.noise import DEQUANTIZATION, SampleNoise
-from sde_diffusion.ode import DormandPrince, Solver
+from sde_diffusion.ode import DormandPrince, Field, Selectable, Solver, Step
 from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 
 _SAFETY = 0.1
+_REACH, _LEAST = 2.0, 1e-3
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,78 @@ class Likelihood:
     failed: Tensor
 
 
+@dataclass(frozen=True)
+class _Augmented:
+    """The flow and the divergence along it, as one field over ``(z, log-density)``, (B, D + 1)."""
+
+    estimator: Divergence
+    coordinates: Coordinates
+    sde: SDE
+    score: Score
+    prepared: Tensor | None
+    shape: torch.Size
+    flow: Field
+
+    def __call__(self, u: Tensor, state: Tensor) -> Tensor:
+        z = state[:, :-1].unflatten(1, self.shape)
+        value, trace = self.estimator(self.flow, u, z, self.prepared)
+        return torch.cat([value.flatten(1), trace[:, None]], dim=1)
+
+    def error_of_the_log_density(self, u: Tensor, state: Tensor, slope: Tensor, error: Tensor) -> Tensor:
+        """What an error of the state at ``u`` makes of the result, nats (B,).
+
+        From here on the flow would add ``log p_u(z)`` to the log-density, so an error ``e`` in z changes the result
+        by ``e . grad log p_u``: the adjoint of the flow is the score, and that the field has at hand. The two parts
+        are not allowed to cancel: they are estimates.
+        """
+        weights = self.coordinates.score(self.sde, u, state[:, :-1], slope[:, :-1])
+        return error[:, -1].abs() + (weights * error[:, :-1]).sum(1).abs()
+
+
+class _SelectableAugmented(_Augmented):
+    def rows(self, index: Tensor) -> _Augmented:
+        """The field of some samples of the batch."""
+        assert isinstance(self.score, Selectable)
+        score = self.score.rows(index)
+        return replace(
+            self,
+            score=score,
+            flow=self.coordinates.field(self.sde, score),
+            prepared=None if self.prepared is None else self.prepared[:, index],
+        )
+
+
+@dataclass(frozen=True)
+class LikelihoodSolver(DormandPrince):
+    """Dormand and Prince's method with an error control for what is wanted, the log-density.
+
+    The error that counts is that of the log-density of the data: of its own component, and of the state times the
+    score there, by which it changes what is still to come. A step is accepted where this is at most a tenth of
+    ``atol + rtol D`` nats, for the errors of the steps add up; and the state itself is within its tolerances.
+
+    Args:
+        rtol, atol: the accuracy wanted of the result, nats per dimension and nats; and of the latent, relative and
+            absolute, a step.
+    """
+
+    def _longest(self, t: Tensor) -> Tensor:
+        # The angle, and so the noise, at most triples. An estimate made of a few evaluations does not see what
+        # happens between them, and sharp features of the density come at every scale of the noise.
+        return _REACH * (t.abs() + _LEAST)
+
+    def _ratio(self, field: Field, step: Step) -> Tensor:
+        assert isinstance(field, _Augmented)
+        ratio = super()._ratio(field, step.without_last())
+        error = field.error_of_the_log_density(step.t, step.after, step.slope, step.error)
+        allowed = _SAFETY * (self.atol + self.rtol * (step.after.shape[1] - 1))
+        return torch.maximum(ratio, error / allowed)
+
+
 def likelihood_solver(
     rtol: float, atol: float, max_evaluations: int = 100_000, on_failure: str = "raise"
 ) -> DormandPrince:
     """The default solver of :func:`log_likelihood` for a wanted accuracy of the result."""
-    return DormandPrince(rtol * _SAFETY, atol * _SAFETY, max_evaluations, on_failure)
+    return LikelihoodSolver(rtol, atol, max_evaluations, on_failure)
 
 
 def log_likelihood(
@@ -86,11 +154,11 @@ def log_likelihood(
             (Rademacher probes), ``"gaussian"``, ``"sphere"``, ``"orthogonal"``, ``"hutch++"``, or an object of
             :mod:`sde_diffusion.divergence`.
         probes: random probes averaged by the estimators.
-        solver: default :class:`DormandPrince`, whose error control is per sample.
+        solver: default :class:`LikelihoodSolver`, whose error control is per sample. Samples that have arrived leave
+            the batch, where the score is :class:`~sde_diffusion.ode.Selectable`.
         coordinates: default :class:`~sde_diffusion.coordinates.LogSNRCoordinates`, in which the linear part is
             solved exactly; with a solver of your own the time itself.
-        rtol, atol: the accuracy wanted of the result, relative and in nats; the default solver takes its
-            steps ten times tighter, because the errors of its steps add up.
+        rtol, atol: the accuracy wanted of the result, ``atol + rtol D`` nats; see :class:`LikelihoodSolver`.
         max_evaluations: of the default solver, per sample.
         on_failure: of the default solver, ``"raise"``, or ``"nan"``: samples that fail have NaN and are marked, the
             others are finished.
@@ -115,19 +183,16 @@ def log_likelihood(
     coordinates = coordinates or TimeCoordinates()
     estimator = make_divergence(divergence, probes) if isinstance(divergence, str) else divergence
     shape, dims = x.shape, x[0].numel()
+    kind = _SelectableAugmented if isinstance(score, Selectable) else _Augmented
     differentiable = torch.is_grad_enabled() and x.requires_grad
     prepared = estimator.prepare(x.detach(), seed, first_index)
-    flow = coordinates.field(sde, score)
+    field = kind(estimator, coordinates, sde, score, prepared, shape[1:], coordinates.field(sde, score))
     scales = [coordinates.scale(sde, t) for t in (start, sde.t_max)]
-
-    def augmented(t: Tensor, state: Tensor) -> Tensor:
-        value, trace = estimator(flow, t, state[:, :dims].reshape(shape), prepared)
-        return torch.cat([value.flatten(1), trace[:, None]], dim=1)
 
     with torch.set_grad_enabled(differentiable):
         state = torch.cat([(x / scales[0]).flatten(1), x.new_zeros(shape[0], 1)], dim=1)
         solution = solver.solve(
-            augmented, state, coordinates.variable(sde, start), coordinates.variable(sde, sde.t_max)
+            field, state, coordinates.variable(sde, start), coordinates.variable(sde, sde.t_max)
         )
         latent = solution.x[:, :dims].reshape(shape) * scales[1]
         log_prior = (prior_log_prob or sde.prior_log_prob)(latent)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 import torchdiffeq
@@ -37,6 +37,16 @@ class Solution:
     x: Tensor
     evaluations: Tensor
     failed: Tensor | None = None
+
+
+@runtime_checkable
+class Selectable(Protocol):
+    """A field or score that can be had for some samples of the batch alone, so that those that are finished need not
+    be computed again and again. One that treats all samples alike returns itself."""
+
+    def rows(self, index: Tensor) -> Any:
+        """The same for the samples ``index`` of the whole batch, (b,) integers."""
+        ...
 
 
 class Solver(Protocol):
@@ -86,13 +96,41 @@ _ERROR = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1
 
 
 @dataclass(frozen=True)
+class _Flattened:
+    """A field over vectors (B, D) from one over (B, *D)."""
+
+    field: Field
+    shape: torch.Size
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        return self.field(t, y.unflatten(1, self.shape)).flatten(1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that was tried: where it ends, (B,), the states, the field at the end, and the estimate of its error,
+    (B, D) each."""
+
+    t: Tensor
+    before: Tensor
+    after: Tensor
+    slope: Tensor
+    error: Tensor
+
+    def without_last(self) -> Step:
+        """The step of all components but the last."""
+        parts = (a[:, :-1] for a in (self.before, self.after, self.slope, self.error))
+        return Step(self.t, *parts)
+
+
+@dataclass(frozen=True)
 class DormandPrince:
     """Adaptive Runge-Kutta of order 5(4) with a step size and an error control for each sample.
 
     A step is accepted where the root mean square of ``error / (atol + rtol max(|x|, |x_new|))`` over that
     sample's elements is at most 1, so a sample's result does not depend on its batch-mates. The batch is
-    evaluated together; samples that have arrived wait for the others. Step control and first step after
-    Hairer, Norsett and Wanner (1993), II.4.
+    evaluated together; samples that have arrived leave it where the field is :class:`Selectable`, else they wait.
+    Step control and first step after Hairer, Norsett and Wanner (1993), II.4.
 
     Where ``x`` is differentiated, the result is differentiable with the steps taken as given; memory then grows
     with the number of evaluations.
@@ -115,6 +153,15 @@ class DormandPrince:
 
     def _norm(self, error: Tensor, scale: Tensor) -> Tensor:
         return (error / scale).square().mean(1).sqrt()
+
+    def _ratio(self, field: Field, step: Step) -> Tensor:
+        """The error of a step over what is allowed, (B,)."""
+        scale = self.atol + self.rtol * torch.maximum(step.before.abs(), step.after.abs())
+        return self._norm(step.error, scale)
+
+    def _longest(self, t: Tensor) -> Tensor:
+        """The longest step that is tried at ``t``."""
+        return torch.full_like(t, torch.inf)
 
     @torch.no_grad()
     def _first_step(self, field: Field, x: Tensor, k: Tensor, t: Tensor, span: Tensor) -> Tensor:
@@ -140,41 +187,46 @@ class DormandPrince:
         shape = x.shape
         if t0 == t1:
             return Solution(x, torch.zeros(shape[0], dtype=torch.int64, device=x.device))
-        flat = x.flatten(1)
-
-        def flat_field(t: Tensor, y: Tensor) -> Tensor:
-            return field(t, y.reshape(shape)).flatten(1)
-
+        whole = field if len(shape) == 2 else _Flattened(field, shape[1:])
+        live, flat = whole, x.flatten(1)
         t = torch.full((shape[0],), t0, dtype=torch.float64, device=x.device)
         end = torch.full_like(t, t1)
         sign = 1.0 if t1 >= t0 else -1.0
         active = torch.ones_like(t, dtype=torch.bool)
         evaluations = torch.full_like(t, 2, dtype=torch.int64)
-        k = flat_field(t, flat)
+        k = live(t, flat)
         failed = ~torch.isfinite(k).all(1)
         if bool(failed.any()):
             if self.on_failure == "raise":
                 raise SolverError(f"the field is not finite at the start for samples {_names(failed)}")
             active = ~failed
             k = torch.where(active[:, None], k, torch.zeros_like(k))
-        h = self._first_step(flat_field, flat, k, t, end - t)
+        h = self._first_step(live, flat, k, t, end - t)
         rejected = torch.zeros_like(active)
         smallest = 1e-13 * max(abs(t0), abs(t1))
+        index = torch.arange(shape[0], device=x.device)
+        arrived: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         while bool(active.any()):
-            h = torch.minimum(h, (end - t).abs())
+            if isinstance(whole, Selectable) and not bool(active.all()):
+                done = ~active
+                arrived.append((index[done], flat[done], evaluations[done], failed[done]))
+                index, flat, evaluations, failed = (a[active] for a in (index, flat, evaluations, failed))
+                t, end, k, h, rejected = (a[active] for a in (t, end, k, h, rejected))
+                live, active = whole.rows(index), active[active]
+            h = torch.minimum(torch.minimum(h, (end - t).abs()), self._longest(t))
             step = torch.where(active, sign * h, torch.zeros_like(h))
             stages = [k]
             for node, weights in zip(_NODES, _STAGES, strict=True):
                 slope = sum(w * s for w, s in zip(weights, stages, strict=True) if w != 0)
                 # The last stage is at the end point itself: its state is the new state (first same as last).
                 new = flat + step.to(flat.dtype)[:, None] * slope
-                stages.append(flat_field(t + node * step, new))
+                stages.append(live(t + node * step, new))
             error = sum(w * s for w, s in zip(_ERROR, stages, strict=True) if w != 0)
             with torch.no_grad():
-                scale = self.atol + self.rtol * torch.maximum(flat.abs(), new.abs())
-                ratio = self._norm(step.to(flat.dtype)[:, None] * error, scale).double()
+                taken = Step(t + step, flat, new, stages[-1], step.to(flat.dtype)[:, None] * error)
+                ratio = self._ratio(live, taken).double()
             accept = (ratio <= 1) & active
-            evaluations += 6 * active
+            evaluations = evaluations + 6 * active
             factor = (0.9 * ratio.clamp_min(1e-10) ** -0.2).clamp(0.2, 10.0).nan_to_num(0.2)
             # After a rejection a step must not grow at once, or the two would alternate.
             factor = torch.where(rejected & accept, factor.clamp_max(1.0), factor)
@@ -190,16 +242,20 @@ class DormandPrince:
                 failed, active = failed | stuck, active & ~stuck
             elif bool(stuck.any()):
                 raise SolverError(
-                    f"samples {_names(stuck)} did not reach t = {t1:g} within {self.max_evaluations} evaluations "
-                    f"at rtol={self.rtol:g}, atol={self.atol:g} (stopped near t = {float(t[stuck][0]):.4g}); the "
-                    "score there may not be finite, or the tolerance is below the rounding of the network"
+                    f"samples {_names(stuck, index)} did not reach t = {t1:g} within {self.max_evaluations} "
+                    f"evaluations at rtol={self.rtol:g}, atol={self.atol:g} (stopped near t = "
+                    f"{float(t[stuck][0]):.4g}); the score there may not be finite, or the tolerance is below the "
+                    "rounding of the network"
                 )
+        arrived.append((index, flat, evaluations, failed))
+        index, flat, evaluations, failed = (torch.cat(a) for a in zip(*arrived, strict=True))
+        order = index.argsort()
         flat = torch.where(failed[:, None], torch.full_like(flat, torch.nan), flat)
-        return Solution(flat.reshape(shape), evaluations, failed)
+        return Solution(flat[order].reshape(shape), evaluations[order], failed[order])
 
 
-def _names(mask: Tensor, most: int = 10) -> str:
-    rows = mask.nonzero().flatten().tolist()
+def _names(mask: Tensor, index: Tensor | None = None, most: int = 10) -> str:
+    rows = (mask.nonzero().flatten() if index is None else index[mask]).tolist()
     return ", ".join(map(str, rows[:most])) + (f" and {len(rows) - most} more" if len(rows) > most else "")
 
 

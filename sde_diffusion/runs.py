@@ -286,8 +286,7 @@ class Run:
     def _conditioned(self, labels: Tensor | None, start: int, count: int) -> Score:
         if labels is None:
             return self.model
-        y = labels[start : start + count]
-        return lambda x, t: self.model(x, t, y=y)
+        return _Conditioned(self.model, labels[start : start + count])
 
     # --------------------------------------------------------------------------------------------- likelihood
 
@@ -431,6 +430,21 @@ class Run:
             return rescale(x.float(), _RANGE, self.model.data_range), torch.zeros(len(x), device=x.device)
         v, log_q = dequantized(dequantization, x, self.info.levels, seed=seed, first_index=index, draw=draw)
         return rescale(v, _RANGE, self.model.data_range), log_q
+
+
+@dataclass(frozen=True)
+class _Conditioned:
+    """The score given labels, (B,) for the samples of a batch."""
+
+    model: ScoreModel
+    y: Tensor
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.model(x, t, y=self.y)
+
+    def rows(self, index: Tensor) -> _Conditioned:
+        """The score of some samples of the batch."""
+        return _Conditioned(self.model, self.y[index])
 
 
 def load(

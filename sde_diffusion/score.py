@@ -174,3 +174,7 @@ class ScoreModel(nn.Module):
         """The score ``grad_x log p_t(x)``; ``x`` (B, *D), ``t`` () or (B,) -> (B, *D)."""
         noise = self.predict_noise(x, t, **cond)
         return -noise / expand(self.sde.sigma(batched_time(t, x).double()), noise)
+
+    def rows(self, index: Tensor) -> ScoreModel:
+        """The score of some samples of a batch: it is the same for all."""
+        return self

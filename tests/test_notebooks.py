@@ -25,7 +25,7 @@ CELL_SECONDS = 1200  # for one cell on a machine with much else to do
 NUMBER = r"(-?\d+(?:\.\d+)?(?:e-?\d+)?)"
 # The fewest pictures, and printed numbers with the range that what the text says allows. The notebooks assert
 # some of this themselves; here it is seen that the lines are there.
-PICTURES = {"quickstart": 7, "ddpm_is_an_sde": 6, "correctors": 5}
+PICTURES = {"quickstart": 7, "ddpm_is_an_sde": 6, "correctors": 5, "likelihood": 8}
 CLAIMS: dict[str, dict[str, tuple[float, float]]] = {
     "quickstart": {
         rf"KL\(data \|\| samples\) is at most {NUMBER} nats": (0.0, 0.15),
@@ -54,6 +54,19 @@ CLAIMS: dict[str, dict[str, tuple[float, float]]] = {
         rf"steps: {NUMBER} at the data": (0.0, 0.003),
         rf"at the data, {NUMBER} in the noise": (0.7, 0.95),
         rf"(?:alone|both)[^:]*evaluations: wrong weights {NUMBER}": (0.0, 0.1),
+    },
+    "likelihood": {
+        rf"the density integrates to {NUMBER}": (0.999, 1.001),
+        rf"tolerance 1e-02: \d+ evaluations, largest error {NUMBER} nats": (0.0, 0.1),
+        rf"tolerance 1e-05: \d+ evaluations, largest error {NUMBER} nats": (0.0, 1e-4),
+        rf"variance of one probe over its theory {NUMBER}": (0.85, 1.15),
+        rf"a whole basis: variance {NUMBER}": (0.0, 1e-20),
+        rf"V[PE], ours in the angle: error \S+ nats with {NUMBER} evaluations": (20, 80),
+        rf"largest difference of gradient and score {NUMBER}": (0.0, 0.1),
+        rf"tolerance 1e-07: round trip error at most {NUMBER}": (0.0, 1e-5),
+        rf"averages of digits: .* AUC by likelihood {NUMBER}, ": (0.0, 0.3),
+        rf"averages of digits: .* by typicality {NUMBER}": (0.5, 1.0),
+        rf"pixels shuffled: .* by likelihood {NUMBER}, ": (0.9, 1.0),
     },
     "ddpm_is_an_sde": {
         rf"largest relative change of a beta: {NUMBER}": (0.0, 1e-11),
