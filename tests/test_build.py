@@ -96,10 +96,13 @@ def test_sde_keys_are_the_sdes():
     [
         ("training.stepz", "did you mean 'training.steps'?"),
         ("trainin.steps", "did you mean 'training.steps'?"),
-        ("steps", "did you mean 'sde.steps' or 'training.steps' or 'sampling.steps' or 'bound.steps'?"),
+        (
+            "steps",
+            "did you mean 'sde.steps' or 'training.steps' or 'sampling.steps' or 'dequantize.steps' or ",
+        ),
         ("sde.sigma", "allowed: sde.beta_max, sde.beta_min"),
-        ("learning_rat", "did you mean 'training.learning_rate'?"),
-        ("qqq", "allowed: bound.*, compare.*, data.*, device, likelihood.*"),
+        ("learning_rat", "did you mean 'training.learning_rate' or 'dequantize.learning_rate'?"),
+        ("qqq", "allowed: bound.*, compare.*, data.*, dequantize.*, device, likelihood.*"),
         ("training", "'training' is a block of keys; set one of them: training.accumulate, "),
     ],
 )

@@ -327,7 +327,7 @@ def test_the_config_of_a_run_is_found_by_its_default_folder(trained, tmp_path, m
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("", "say what to do: --mode train, sample, likelihood"),
+        ("", "say what to do: --mode train, sample, dequantize, likelihood"),
         ("--mode trian", "unknown mode 'trian'; did you mean 'train'?"),
         ("--mode", "Missing value for flag --mode"),
         ("--mode train --workdirr x", "unknown flag 'workdirr'; did you mean 'workdir'?"),
