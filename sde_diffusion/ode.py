@@ -49,6 +49,16 @@ class Selectable(Protocol):
         ...
 
 
+@runtime_checkable
+class Driven(Protocol):
+    """A field some of whose components are driven by the others and drive none, such as the log-density along a
+    flow, and are not to be had for nothing."""
+
+    def driving(self, t: Tensor, x: Tensor) -> Tensor:
+        """The field of the components that drive; the others are 0."""
+        ...
+
+
 class Solver(Protocol):
     """Integrates a field from ``t0`` to ``t1``."""
 
@@ -159,12 +169,13 @@ class DormandPrince:
         scale = self.atol + self.rtol * torch.maximum(step.before.abs(), step.after.abs())
         return self._norm(step.error, scale)
 
-    def _longest(self, t: Tensor) -> Tensor:
-        """The longest step that is tried at ``t``."""
+    def _longest(self, t: Tensor, span: float) -> Tensor:
+        """The longest step that is tried at ``t``, on an interval of length ``span``."""
         return torch.full_like(t, torch.inf)
 
     @torch.no_grad()
-    def _first_step(self, field: Field, x: Tensor, k: Tensor, t: Tensor, span: Tensor) -> Tensor:
+    def _first_step(self, field: Field, x: Tensor, k: Tensor, t: Tensor, span: Tensor) -> tuple[Tensor, int]:
+        """The first step to try, (B,), and the evaluations that it took to choose it."""
         scale = self.atol + self.rtol * x.abs()
         d0, d1 = self._norm(x, scale), self._norm(k, scale)
         h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), torch.full_like(d0, 1e-6), 0.01 * d0 / d1)
@@ -175,7 +186,7 @@ class DormandPrince:
         h1 = torch.where(slope <= 1e-15, (h0 * 1e-3).clamp_min(1e-6), (0.01 / slope) ** 0.2)
         # Where the field ahead is not finite, h0 is the start of a search for a step that is.
         h1 = torch.where(torch.isfinite(h1), h1, h0)
-        return torch.minimum(torch.minimum(100 * h0, h1), span.abs())
+        return torch.minimum(torch.minimum(100 * h0, h1), span.abs()), 1
 
     def solve(self, field: Field, x: Tensor, t0: float, t1: float) -> Solution:
         """The state at ``t1`` given the state ``x`` (B, *D) at ``t0``.
@@ -193,7 +204,6 @@ class DormandPrince:
         end = torch.full_like(t, t1)
         sign = 1.0 if t1 >= t0 else -1.0
         active = torch.ones_like(t, dtype=torch.bool)
-        evaluations = torch.full_like(t, 2, dtype=torch.int64)
         k = live(t, flat)
         failed = ~torch.isfinite(k).all(1)
         if bool(failed.any()):
@@ -201,7 +211,8 @@ class DormandPrince:
                 raise SolverError(f"the field is not finite at the start for samples {_names(failed)}")
             active = ~failed
             k = torch.where(active[:, None], k, torch.zeros_like(k))
-        h = self._first_step(live, flat, k, t, end - t)
+        h, needed = self._first_step(live, flat, k, t, end - t)
+        evaluations = torch.full_like(t, 1 + needed, dtype=torch.int64)
         rejected = torch.zeros_like(active)
         smallest = 1e-13 * max(abs(t0), abs(t1))
         index = torch.arange(shape[0], device=x.device)
@@ -213,14 +224,16 @@ class DormandPrince:
                 index, flat, evaluations, failed = (a[active] for a in (index, flat, evaluations, failed))
                 t, end, k, h, rejected = (a[active] for a in (t, end, k, h, rejected))
                 live, active = whole.rows(index), active[active]
-            h = torch.minimum(torch.minimum(h, (end - t).abs()), self._longest(t))
+            h = torch.minimum(torch.minimum(h, (end - t).abs()), self._longest(t, abs(t1 - t0)))
             step = torch.where(active, sign * h, torch.zeros_like(h))
             stages = [k]
             for node, weights in zip(_NODES, _STAGES, strict=True):
                 slope = sum(w * s for w, s in zip(weights, stages, strict=True) if w != 0)
                 # The last stage is at the end point itself: its state is the new state (first same as last).
                 new = flat + step.to(flat.dtype)[:, None] * slope
-                stages.append(live(t + node * step, new))
+                # The second stage has no weight in the result; it is there for the stages after it alone.
+                short = len(stages) == 1 and isinstance(live, Driven)
+                stages.append((live.driving if short else live)(t + node * step, new))
             error = sum(w * s for w, s in zip(_ERROR, stages, strict=True) if w != 0)
             with torch.no_grad():
                 taken = Step(t + step, flat, new, stages[-1], step.to(flat.dtype)[:, None] * error)
