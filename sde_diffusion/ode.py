@@ -232,8 +232,8 @@ class DormandPrince:
                 # The last stage is at the end point itself: its state is the new state (first same as last).
                 new = flat + step.to(flat.dtype)[:, None] * slope
                 # The second stage has no weight in the result; it is there for the stages after it alone.
-                short = len(stages) == 1 and isinstance(live, Driven)
-                stages.append((live.driving if short else live)(t + node * step, new))
+                evaluate = live.driving if len(stages) == 1 and isinstance(live, Driven) else live
+                stages.append(evaluate(t + node * step, new))
             error = sum(w * s for w, s in zip(_ERROR, stages, strict=True) if w != 0)
             with torch.no_grad():
                 taken = Step(t + step, flat, new, stages[-1], step.to(flat.dtype)[:, None] * error)

@@ -127,7 +127,7 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_images_that_fail_are_named_and_the_others_finished(trained: Path, capsys) -> None:
-    close = {"likelihood__pilot_images": 0, "likelihood__rtol": 0.03, "likelihood__atol": 0.03}
+    close = {"likelihood__pilot_images": 0, "likelihood__rtol": 0.001, "likelihood__atol": 0.001}
     assert report(trained, **close)["test"]["n"] == 6
     complete = rows(trained)
     needed = [int(row["evaluations"]) for row in complete]
