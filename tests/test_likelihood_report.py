@@ -317,6 +317,7 @@ def test_what_makes_no_sense_is_refused(trained: Path, changes, message, capsys)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_truncated_normal_and_importance(trained: Path) -> None:
     """By hand: the density where the noise of the diffusion is that of the dequantization."""
     import sde_diffusion as sd
