@@ -5,10 +5,11 @@ With ``u ~ q(. | k)`` made of uniform numbers by a flow, and ``v`` the image wit
     -log P(k) <= E_q[ log q(u | k) - log p(v) ] - D log w.
 
 The likelihoods that are reported have ``log p`` by the probability-flow ODE. Its gradient in ``v`` takes a second
-derivative of the network at every step of the solver, with the noise of a probe; here it takes one evaluation. The score at ``t_min``, for an exact model that gradient, is where a network is worst: its error in
-``eps`` is divided by a tiny sigma, while the density that the ODE makes of it depends on all noise levels. So
-``log p`` is replaced by its variational bound in continuous time (Song, Durkan, Murray, Ermon 2021, theorem 1; Kingma
-et al. 2021, eq. 17), tight where the score is exact,
+derivative of the network at every step of the solver, with the noise of a probe; here it takes one evaluation. The
+score at ``t_min``, for an exact model that gradient, is where a network is worst: its error in ``eps`` is divided by
+a tiny sigma, while the density that the ODE makes of it depends on all noise levels. So ``log p`` is replaced by its
+variational bound in continuous time (Song, Durkan, Murray, Ermon 2021, theorem 1; Kingma et al. 2021, eq. 17), tight
+where the score is exact,
 
     -log p(v) <= KL(q(x_T | v) || p(x_T)) + 1/2 int E |eps_hat(x_t, t) - eps|^2 d log_snr - E log p(v | x_{t_min}),
 

@@ -294,7 +294,10 @@ def test_training_goes_on_to_the_same_bits(copy: Path, tmp_path: Path, capsys) -
     for folder in (copy, fresh):
         assert command("dequantize", folder, **changes) == 0
     assert "resuming after step 4 of 6" in capsys.readouterr().out
-    assert sd.load(copy).flow.config == sd.load(fresh).flow.config
+    resumed, straight = sd.load(copy).flow, sd.load(fresh).flow
+    assert resumed.config == straight.config
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
     assert metrics(copy)["dequantization"]["uniform_heldout_loss"] == pytest.approx(
         metrics(fresh)["dequantization"]["uniform_heldout_loss"]
     )
