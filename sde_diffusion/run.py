@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from sde_diffusion.allocator import keep_freed_memory
 from sde_diffusion.checkpoint import CheckpointError
 from sde_diffusion.compare.job import FOLDER as COMPARISON
 from sde_diffusion.config import UsageError, config_keys, default_config, load_config, set_key, unknown_key
@@ -44,6 +45,7 @@ class _Terminated(BaseException):
 
 def entry() -> NoReturn:
     """The console script."""
+    keep_freed_memory()
     sys.exit(main())
 
 

@@ -11,7 +11,7 @@ from scipy import integrate, stats
 from torch import Tensor
 
 from sde_diffusion import cells
-from sde_diffusion.cells import expected_noise, series, truncated_normal
+from sde_diffusion.cells import expected_noise, series, truncated_normal, truncated_variance
 
 
 def plain(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -95,16 +95,68 @@ def test_gradients_reach_logits_and_state() -> None:
     assert torch.autograd.gradcheck(lambda a, b: expected_noise(a, b, s), (logits, y), atol=1e-5, rtol=1e-3)
 
 
-def test_training_has_the_same_gradient_with_less_work() -> None:
-    logits, y, s = problem(256, torch.logspace(-3.5, 1, 6, dtype=torch.float64))
+@pytest.mark.parametrize("levels", [34, 256])
+def test_the_closed_form_of_the_derivatives_is_that_of_the_graph(levels: int) -> None:
+    logits, y, s = problem(levels, torch.logspace(-4, 2, 40, dtype=torch.float64))
+    widths = 2 / levels / s
+    assert (widths > 0.5).any() and (widths < 1 / 16).any() and ((widths < 0.5) & (widths > 1 / 16)).any()
     weights = torch.linspace(-1, 2, y.numel(), dtype=torch.float64).reshape(y.shape)
+    gradients = []
+    for function in (expected_noise, plain):
+        inputs = logits.clone().requires_grad_(), y.clone().requires_grad_()
+        gradients.append(torch.autograd.grad((weights * function(*inputs, s)).sum(), inputs))
+    for ours, graph in zip(*gradients, strict=True):
+        scale = graph.flatten(1).abs().amax(1)
+        assert float(((ours - graph).flatten(1).abs().amax(1) / scale).max()) < 1e-5
+
+
+def test_training_needs_no_derivative_in_the_state() -> None:
+    logits, y, s = problem(256, torch.logspace(-3.5, 1, 6, dtype=torch.float64))
     gradients = []
     for state in (y, y.clone().requires_grad_()):
         learned = logits.clone().requires_grad_()
         noise = expected_noise(learned, state, s)
-        gradients += [noise.detach(), *torch.autograd.grad((weights * noise).sum(), learned)]
-    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradients[1], gradients[3], rtol=1e-12, atol=1e-12)
+        gradients += [noise.detach(), *torch.autograd.grad(noise.square().sum(), learned)]
+    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
+
+
+def test_second_derivatives_go_through_the_operations() -> None:
+    logits, y, s = problem(40, torch.tensor([0.02, 0.3, 4.0], dtype=torch.float64))
+    logits, y = (tensor[:, :, :1, :1].contiguous().requires_grad_() for tensor in (logits, y))
+    assert torch.autograd.gradgradcheck(
+        lambda a, b: expected_noise(a, b, s), (logits, y), atol=1e-5, rtol=1e-3
+    )
+
+
+def test_derivatives_by_functions_and_by_batches() -> None:
+    """As divergences take them: dual numbers, and several rows at a time through one graph."""
+    logits, y, s = problem(40, torch.tensor([1e-3, 0.02, 0.3, 4.0], dtype=torch.float64))
+    tangent = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).reshape(y.shape)
+    value, product = torch.func.jvp(lambda state: expected_noise(logits, state, s), (y,), (tangent,))
+    state = y.clone().requires_grad_()
+    noise = expected_noise(logits, state, s)
+    rows = torch.stack([torch.ones_like(noise), tangent])
+    (slopes,) = torch.autograd.grad(noise, state, rows, is_grads_batched=True)
+    torch.testing.assert_close(value, noise.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slopes[0] * tangent, product, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(slopes[1], slopes[0] * tangent, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("width", [1e-4, 0.05, 0.7, 5.0, 40.0])
+@pytest.mark.parametrize("low", [-60.0, -3.0, -0.4, 2.0])
+def test_the_variance_in_a_cell_is_that_of_quadrature(low: float, width: float) -> None:
+    a, b = torch.tensor(low, dtype=torch.float64), torch.tensor(low + width, dtype=torch.float64)
+    got = float(truncated_variance(a, b, *truncated_normal(a, b)))
+    # The density falls from where it is largest within a few of its own scales.
+    peak = min(max(0.0, low), low + width)
+    scale = 1 / max(abs(peak), 1.0)
+    start, end = max(low, peak - 40 * scale), min(low + width, peak + 40 * scale)
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    u = (start + end) / 2 + (end - start) / 2 * nodes
+    density = weights * np.exp(-(u**2 - peak**2) / 2)
+    mean = (density * u).sum() / density.sum()
+    want = (density * (u - mean) ** 2).sum() / density.sum()
+    assert got == pytest.approx(want, rel=2e-5, abs=1e-8)  # of a variance of u, which is 1
 
 
 def test_a_sample_does_not_depend_on_its_batch_mates() -> None:

@@ -1,0 +1,31 @@
+"""Memory that a process on a CPU has freed stays with it, instead of going back to the system at once.
+
+glibc gives every freed block of more than a few MB back to the system, and the next one costs a page fault each 4 kB,
+where the system clears the page. The activations of a network are such blocks: without that, operations that only
+read and write memory are two to four times faster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+__all__ = ["keep_freed_memory"]
+
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_NEVER = -1
+
+
+def keep_freed_memory() -> bool:
+    """From now on, blocks come from the process's own heap, which does not shrink; whether that could be said.
+
+    For programs, as it changes the whole process: the largest amount that was in use at a time stays taken until the
+    end. Does nothing (False) where the C library is not glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return False
+    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
