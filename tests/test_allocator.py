@@ -16,7 +16,8 @@ import resource, sys, torch
 from sde_diffusion.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
-torch.zeros(2**24)
+for _ in range(12):
+    torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
     torch.zeros(2**24)  # 64 MB, 16,384 pages
