@@ -26,11 +26,10 @@ from sde_diffusion.builders.sampling import (
     correctors,
     predictor,
     sampler,
-    sampling_precision,
     solver,
     times,
 )
-from sde_diffusion.builders.shared import device, positive
+from sde_diffusion.builders.shared import device, network_precision, positive
 from sde_diffusion.builders.training import training_settings
 from sde_diffusion.config import UsageError
 
@@ -56,11 +55,11 @@ __all__ = [
     "device",
     "likelihood",
     "network",
+    "network_precision",
     "positive",
     "predictor",
     "reverse_variance",
     "sampler",
-    "sampling_precision",
     "score_model",
     "sde",
     "solver",

@@ -274,6 +274,10 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         ),
         "rtol": Key(1e-2, "accuracy of the log-likelihood, nats per dimension"),
         "atol": Key(1e-2, "absolute accuracy of the log-likelihood, nats"),
+        "precision": Key(
+            "float32",
+            "of the network: float32, bfloat16, or auto: bfloat16 where the device has it, faster and coarser",
+        ),
         "max_evaluations": Key(10_000, "an image that needs more has failed, and is named"),
         "tolerance": Key(
             None,

@@ -2,7 +2,8 @@
 
 The value of image i with dequantization draws r and probes k is ``mean + a_i + b_ir + c_irk`` and an error of the
 solver. The variances of b and c come from repeats on a few pilot images (a nested analysis of variance), that of a
-from the spread over images, and the solver's error from the same images at a ten times tighter tolerance.
+from the spread over images, and the error of solver and precision from the same images at a ten times tighter
+tolerance in float32.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def _measure(
     table = torch.stack([torch.stack([values(r, k) for k in range(_REPEATS)], 1) for r in range(_REPEATS)], 1)
     nfe = sum(evaluations) / len(evaluations)
     block = run.config.likelihood.to_dict() | settings
-    tight = values(0, 0, rtol=block["rtol"] * _TIGHTER, atol=block["atol"] * _TIGHTER)
+    tight = values(0, 0, rtol=block["rtol"] * _TIGHTER, atol=block["atol"] * _TIGHTER, precision="float32")
     error = table[:, 0, 0] - tight
     good = torch.isfinite(table).all(2).all(1) & torch.isfinite(error)
     if int(good.sum()) < 2:

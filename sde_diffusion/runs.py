@@ -226,7 +226,7 @@ class Run:
         sampler = build.sampler(config, model=self.model)
         size = build.positive(config, "sampling.batch_size")
         labels = self._sampling_labels(n, y, first_index)
-        precision = build.sampling_precision(config, self.device)
+        precision = build.network_precision(config, "sampling", self.device)
         started = time.perf_counter()
         with self.model.computing_in(precision):
             sampler = self._calibrated(sampler)
@@ -348,6 +348,7 @@ class Run:
         for key, value in likelihood.items():
             set_key(config, f"likelihood.{key}", value)
         settings = build.likelihood(config, lambda: self.flow)
+        precision = build.network_precision(config, "likelihood", self.device)
         if tuple(x.shape[1:]) != self.info.shape or len(x) < 1:
             raise ValueError(
                 f"x must have the shape (B, {', '.join(map(str, self.info.shape))}), got {tuple(x.shape)}"
@@ -407,12 +408,13 @@ class Run:
             value = (out.log_prob.double() - log_q).cpu() + volume
             return value, out.nfe_per_sample.cpu(), out.failed.cpu()
 
-        for draw in range(settings.dequantizations):
-            for start in range(0, len(x), settings.batch_size):
-                part = slice(start, min(start + settings.batch_size, len(x)))
-                draws[draw, part], spent, bad = evaluated(draw, part)
-                evaluations[part] += spent
-                failed[part] |= bad
+        with self.model.computing_in(precision):
+            for draw in range(settings.dequantizations):
+                for start in range(0, len(x), settings.batch_size):
+                    part = slice(start, min(start + settings.batch_size, len(x)))
+                    draws[draw, part], spent, bad = evaluated(draw, part)
+                    evaluations[part] += spent
+                    failed[part] |= bad
         if bool(failed.any()):
             names = ", ".join(str(first_index + i) for i in failed.nonzero().flatten().tolist()[:20])
             warnings.warn(f"the likelihood of sample {names} could not be computed and is NaN", stacklevel=2)

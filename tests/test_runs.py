@@ -97,6 +97,17 @@ def test_sampling_counts_and_options(digits):
         run.sample(2, predictor="dimm")
 
 
+def test_the_precision_of_likelihoods_is_chosen_and_ends_with_it(digits):
+    run = load(digits)
+    images = run.data.test[:4]
+    fine, coarse = run.bits_per_dim(images), run.bits_per_dim(images, precision="bfloat16")
+    difference = float((fine - coarse).abs().max())
+    assert 0 < difference < 0.05
+    assert torch.equal(run.bits_per_dim(images), fine)
+    with pytest.raises(UsageError, match="unknown precision 'half'"):
+        run.bits_per_dim(images, precision="half")
+
+
 def test_the_precision_of_sampling_is_chosen_and_ends_with_it(digits):
     run = load(digits)
     exact = run.sample(3)

@@ -15,7 +15,6 @@ from sde_diffusion.builders.model import SDES, sde
 from sde_diffusion.builders.shared import accepted, block_errors, named, options, positive
 from sde_diffusion.config import UsageError
 from sde_diffusion.correctors import CORRECTORS, SNR, Corrector
-from sde_diffusion.devices import choose_precision
 from sde_diffusion.errors import unknown_name
 from sde_diffusion.ode import (
     TORCHDIFFEQ_ADAPTIVE,
@@ -64,7 +63,6 @@ __all__ = [
     "correctors",
     "predictor",
     "sampler",
-    "sampling_precision",
     "solver",
     "times",
 ]
@@ -180,12 +178,6 @@ def correctors(config: ConfigDict) -> tuple[Corrector, ...]:
         SNR(block.snr)  # says what is wrong
         # By Song's rule a step for a score that is all noise has the size 2 snr^2 variance: so it has for all names.
         return (make(2 * block.snr**2, block.corrector_steps),)
-
-
-def sampling_precision(config: ConfigDict, device: torch.device) -> torch.dtype:
-    """The precision of the network in sampling."""
-    with block_errors("sampling"):
-        return choose_precision(config.sampling.precision, device)
 
 
 def process(config: ConfigDict, model: ScoreModel | None = None) -> SDE:

@@ -11,10 +11,10 @@ import torch
 from ml_collections import ConfigDict
 
 from sde_diffusion.config import UsageError, config_keys
-from sde_diffusion.devices import choose_device
+from sde_diffusion.devices import choose_device, choose_precision
 from sde_diffusion.errors import unknown_name
 
-__all__ = ["accepted", "block_errors", "device", "named", "options", "positive"]
+__all__ = ["accepted", "block_errors", "device", "named", "network_precision", "options", "positive"]
 
 T = TypeVar("T")
 
@@ -98,3 +98,9 @@ def positive(config: ConfigDict, key: str, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"config.{key} must be an integer >= {least}, got {value!r}")
     return value
+
+
+def network_precision(config: ConfigDict, block: str, place: torch.device) -> torch.dtype:
+    """The precision of the network on a device for a block with a key ``precision``, sampling or likelihood."""
+    with block_errors(block):
+        return choose_precision(config[block].precision, place)
