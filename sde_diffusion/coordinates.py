@@ -13,9 +13,9 @@ variance-preserving SDE z is x, theta the angle of the "velocity" ``v = alpha ep
 ODEs") predict the same v in log-SNR time. The change of the density by the change of coordinates is
 ``D log sqrt(alpha^2 s^2 + sigma^2)``, in closed form.
 
-Measured on mixtures in 2 to 16 dimensions and on digits (NFE at an equal true error): the angle needs half of what
-the log-SNR itself needs, whose long ends, where nothing happens, cost steps; and no more than t for VP and half of it
-for VE, for every SDE the same number.
+Measured on a mixture in two dimensions at an equal tolerance: the angle needs 60 to 68% of the evaluations that the
+log-SNR itself needs, whose long ends, where nothing happens, cost steps; and 59 to 84% of those of t; nearly the same
+number for every SDE.
 """
 
 from __future__ import annotations
@@ -48,6 +48,11 @@ class Coordinates(Protocol):
         """``x / z`` at a time."""
         ...
 
+    def reach(self, sde: SDE, u: Tensor, factor: float) -> Tensor:
+        """How far it is from ``u``, (B,), to where the noise ``sigma / alpha`` is ``factor`` times as large, or about
+        so."""
+        ...
+
     def field(self, sde: SDE, score: Score) -> Field:
         """``dz/du`` of the probability flow, as ``field(u, z)``."""
         ...
@@ -69,6 +74,11 @@ class TimeCoordinates:
         """1."""
         return 1.0
 
+    def reach(self, sde: SDE, u: Tensor, factor: float) -> Tensor:
+        """``t' - t``, where the log-SNR is less by ``2 log factor``."""
+        later = sde.time_of_log_snr(sde.log_snr(u).detach() - 2 * math.log(factor))
+        return torch.where(torch.isfinite(later), later, sde.t_max).clamp_max(sde.t_max) - u
+
     def field(self, sde: SDE, score: Score) -> Field:
         """The field of :func:`~sde_diffusion.ode.probability_flow`."""
         return probability_flow(sde, score)
@@ -80,6 +90,7 @@ class TimeCoordinates:
 
 
 _VARIABLES = ("angle", "log_snr")
+_LEAST_ANGLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -121,6 +132,12 @@ class LogSNRCoordinates:
         """``sqrt(alpha^2 s^2 + sigma^2)``."""
         alpha, variance = float(sde.alpha(t).detach()), float(sde.variance(t).detach())
         return math.sqrt((alpha * self.sigma_data) ** 2 + variance)
+
+    def reach(self, sde: SDE, u: Tensor, factor: float) -> Tensor:
+        """``(factor - 1) (theta + 1e-4)``, for small angles are as the noise; or ``log factor``."""
+        if self.variable_name == "angle":
+            return (factor - 1) * (u + _LEAST_ANGLE)
+        return torch.full_like(u, math.log(factor))
 
     def field(self, sde: SDE, score: Score) -> Field:
         """``dz/d theta = (c eps - rho z) / s``; ``dz/d log rho = rho / c (eps - rho z / c)``."""

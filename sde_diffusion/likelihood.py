@@ -23,7 +23,7 @@ from sde_diffusion.score import Score
 from sde_diffusion.sdes import SDE
 
 _SAFETY = 0.1
-_REACH, _LEAST, _LARGEST = 3.0, 1e-4, 0.25
+_GROWTH, _LARGEST = 4.0, 0.25
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,16 @@ class LikelihoodSolver(DormandPrince):
             absolute, a step.
     """
 
-    def _longest(self, t: Tensor, span: float) -> Tensor:
-        # The angle, and so the noise, grows by a factor of four at most, and by a quarter of the way. An estimate
-        # made of a few evaluations does not see what happens between them: sharp features of the density come at
-        # every scale of the noise, and on a trained network longer steps were off by ten times the estimate.
-        return (_REACH * (t.abs() + _LEAST)).clamp_max(_LARGEST * span)
+    def _longest(self, field: Field, t: Tensor, span: float) -> Tensor:
+        # The noise grows by a factor of four at most, the variable by a quarter of the way. An estimate made of a
+        # few evaluations does not see what happens between them: sharp features of the density come at every scale
+        # of the noise, and on a trained network longer steps were off by ten times the estimate.
+        assert isinstance(field, _Augmented)
+        return field.coordinates.reach(field.sde, t, _GROWTH).clamp_max(_LARGEST * span)
 
     def _first_step(self, field: Field, x: Tensor, k: Tensor, t: Tensor, span: Tensor) -> tuple[Tensor, int]:
         # The noise of the data's end says what is short there; no evaluation is needed to find out.
-        return self._longest(t, float(span.abs().max())), 0
+        return self._longest(field, t, float(span.abs().max())), 0
 
     def _ratio(self, field: Field, step: Step) -> Tensor:
         assert isinstance(field, _Augmented)

@@ -169,7 +169,7 @@ class DormandPrince:
         scale = self.atol + self.rtol * torch.maximum(step.before.abs(), step.after.abs())
         return self._norm(step.error, scale)
 
-    def _longest(self, t: Tensor, span: float) -> Tensor:
+    def _longest(self, field: Field, t: Tensor, span: float) -> Tensor:
         """The longest step that is tried at ``t``, on an interval of length ``span``."""
         return torch.full_like(t, torch.inf)
 
@@ -224,7 +224,7 @@ class DormandPrince:
                 index, flat, evaluations, failed = (a[active] for a in (index, flat, evaluations, failed))
                 t, end, k, h, rejected = (a[active] for a in (t, end, k, h, rejected))
                 live, active = whole.rows(index), active[active]
-            h = torch.minimum(torch.minimum(h, (end - t).abs()), self._longest(t, abs(t1 - t0)))
+            h = torch.minimum(torch.minimum(h, (end - t).abs()), self._longest(live, t, abs(t1 - t0)))
             step = torch.where(active, sign * h, torch.zeros_like(h))
             stages = [k]
             for node, weights in zip(_NODES, _STAGES, strict=True):
