@@ -18,7 +18,9 @@ Sections:
 Auto precision is the default of training; sampling has it with ``sampling.precision=auto`` and is in float32
 by default, for which the inference of the rows in float32 stands.
 
-The sides take turns, one step each, after warm-up; times are medians, ± the distance of their quartiles.
+The sides take turns, after warm-up; times are medians, ± the distance of their quartiles. Ours keep what memory they
+have freed, as our command line does, the others' return it, as Python does by itself; so each turn has two steps,
+of which the second counts.
 A training step is forward, backward, optimizer and moving average of the weights. Peak memory is that of a
 process of its own per side. Results go to ``experiments/results/throughput_<machine>.md`` and ``.json``.
 """
@@ -37,7 +39,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from sde_diffusion import build
+from sde_diffusion.allocator import keep_freed_memory, return_freed_memory
 from sde_diffusion.build import DataInfo
 from sde_diffusion.config import default_config, set_key
 from sde_diffusion.data import load_dataset
@@ -86,6 +89,7 @@ class Side:
     batch: int
     train: Callable[[], Any]
     infer: Callable[[], Any]
+    allocate: Callable[[], Any] = return_freed_memory
 
 
 def inputs(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +144,7 @@ def ours(
         with torch.no_grad(), autocast():
             return averaged(x, t)
 
-    return Side(name, batch, train, infer)
+    return Side(name, batch, train, infer, keep_freed_memory)
 
 
 def theirs(
@@ -229,14 +233,22 @@ class Bench:
             torch.cuda.synchronize()
         return self.now() - start
 
-    def alternate(self, steps: list[Callable[[], Any]]) -> list[float]:
-        """Median seconds of each, taken in turns; ``spreads`` then has the quartiles' distance over it."""
+    def alternate(
+        self, steps: list[Callable[[], Any]], before: list[Callable[[], Any]] | None = None
+    ) -> list[float]:
+        """Median seconds of each, taken in turns; ``spreads`` then has the quartiles' distance over it.
+
+        Where something comes ``before`` the turns of a step, a step that does not count follows it.
+        """
         for step in steps:
             for _ in range(self.warmup):
                 step()
         times: list[list[float]] = [[] for _ in steps]
         for _ in range(self.repeats):
-            for taken, step in zip(times, steps, strict=True):
+            for i, (taken, step) in enumerate(zip(times, steps, strict=True)):
+                if before is not None:
+                    before[i]()
+                    step()
                 taken.append(self.seconds(step))
         medians = [statistics.median(taken) for taken in times]
         self.spreads = []
@@ -247,8 +259,9 @@ class Bench:
 
     def compare(self, title: str, sides: list[Side], memory: dict[str, float]) -> dict[str, dict[str, float]]:
         """A table of the sides: the first is what the others are compared with."""
-        train, spread = self.alternate([side.train for side in sides]), self.spreads
-        infer, infer_spread = self.alternate([side.infer for side in sides]), self.spreads
+        before = [side.allocate for side in sides]
+        train, spread = self.alternate([side.train for side in sides], before), self.spreads
+        infer, infer_spread = self.alternate([side.infer for side in sides], before), self.spreads
         rows: dict[str, dict[str, float]] = {}
         self.say("", f"## {title}", "")
         self.say("| | training, images/s | ratio | inference, images/s | ratio | peak memory, MiB |")
@@ -282,6 +295,7 @@ def peak_memory(name: str, threads: int) -> float:
 def print_peak_memory(name: str) -> None:
     """The process of :func:`peak_memory`."""
     side = CPU_SIDES[name]()
+    side.allocate()
     side.train()
     side.train()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -292,7 +306,7 @@ def on_cpu(bench: Bench, title: str, names: list[str], threads: int) -> dict[str
     sides = []
     for name in names:
         side = CPU_SIDES[name]()
-        sides.append(Side(name, side.batch, side.train, side.infer))
+        sides.append(replace(side, name=name))
     return bench.compare(title, sides, {name: peak_memory(name, threads) for name in names})
 
 
@@ -469,7 +483,7 @@ def gpu(bench: Bench) -> None:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             made = make()
-            sides.append(Side(name, batch, made.train, made.infer))
+            sides.append(replace(made, name=name))
             made.train()
             memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
         rows = bench.compare(f"GPU, batch {batch}", sides, memory)
@@ -511,6 +525,7 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     if options.memory_of:
         print_peak_memory(options.memory_of)
         return

@@ -10,11 +10,11 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["keep_freed_memory", "return_freed_memory"]
 
-_M_TRIM_THRESHOLD = -1
-_M_MMAP_MAX = -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = -1
+_USUAL_TRIM, _USUAL_MMAPS = 128 * 1024, 65536
 
 
 def keep_freed_memory() -> bool:
@@ -23,9 +23,21 @@ def keep_freed_memory() -> bool:
     For programs, as it changes the whole process: the largest amount that was in use at a time stays taken until the
     end. Does nothing (False) where the C library is not glibc.
     """
+    return _set(mmaps=0, trim=_NEVER)
+
+
+def return_freed_memory() -> bool:
+    """The defaults of glibc again, for comparisons; what is free is returned now."""
+    done = _set(mmaps=_USUAL_MMAPS, trim=_USUAL_TRIM)
+    if done:
+        ctypes.CDLL(None).malloc_trim(0)
+    return done
+
+
+def _set(mmaps: int, trim: int) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
-    return bool(libc.mallopt(_M_MMAP_MAX, 0)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, _NEVER))
+    return bool(libc.mallopt(_M_MMAP_MAX, mmaps)) and bool(libc.mallopt(_M_TRIM_THRESHOLD, trim))

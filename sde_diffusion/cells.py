@@ -5,7 +5,7 @@ For one pixel with ``y = x_0 + s u``, ``u ~ N(0, 1)``, and ``K`` cells of width 
     p(k | y) ~ exp(logit_k) P(a_k < u < b_k),       a_k = (lo_k - y) / s,   b_k = (hi_k - y) / s,
     E[-u | y] = sum_k p(k | y) E[-u | level k],      where -u given level k is normal, truncated to (a_k, b_k).
 
-With few levels that is computed as it stands. With many, each sample goes one of two ways by its noise:
+Each sample goes one of two ways by its noise:
 
 * cells narrower than half a standard deviation: mass and mean by their series in the width (below), in the type
   of the logits; all levels count;
@@ -23,6 +23,7 @@ Derivatives are known without a graph: with ``E = E[-u | y]``,
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ WINDOW = 33
 _SERIES = 0.5
 _SERIES_REACH = 36.0
 _PARABOLA = 1 / 16
+_CACHED = 2**18
 
 
 def truncated_normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,15 +114,16 @@ def expected_noise(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
     Returns:
         (B, *D), in the type of the logits.
     """
-    if logits.shape[-1] <= WINDOW:
-        return _all_cells(logits, y, s).to(logits.dtype)
     if (torch.is_grad_enabled() and s.requires_grad) or torch._C._are_functorch_transforms_active():
         return _by_width(logits, y, s)
     return _ExpectedNoise.apply(logits, y, s)
 
 
 def _by_width(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
-    smooth = 2 / logits.shape[-1] <= _SERIES * s
+    levels = logits.shape[-1]
+    if levels <= WINDOW:
+        return _all_cells(logits, y, s).to(logits.dtype)
+    smooth = 2 / levels <= _SERIES * s
     near, far = (~smooth).nonzero()[:, 0], smooth.nonzero()[:, 0]
     parts = []
     if len(near):
@@ -175,8 +178,8 @@ _Slopes = tuple[Tensor, Tensor, Tensor]
 class _ExpectedNoise(torch.autograd.Function):
     """The same with the derivatives in closed form; they are all that is kept for the way back.
 
-    Levels come before pixels here, as a network gives them. On CPUs it goes a sample at a time, which fits into a
-    cache, elsewhere in one go.
+    Levels come before pixels here, as a network gives them. On CPUs it goes by as many samples as fit into a cache,
+    elsewhere in one go.
     """
 
     @staticmethod
@@ -186,7 +189,7 @@ class _ExpectedNoise(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:2])
         slopes = torch.empty_like(levels_first) if wanted else None
         in_y = torch.empty_like(noise) if wanted else None
-        for rows, method in _groups(s, logits.shape[-1]):
+        for rows, method in _groups(s, logits):
             own = levels_first[rows].flatten(2)
             value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], wanted)
             noise[rows] = value.to(noise.dtype).reshape(noise[rows].shape)
@@ -219,17 +222,20 @@ def _differentiable(
     return of_logits, of_y, None
 
 
-def _groups(s: Tensor, levels: int) -> list[tuple[slice | Tensor, Any]]:
+def _groups(s: Tensor, logits: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
     """Samples that are computed together, and how."""
+    levels = logits.shape[-1]
     width = 2 / levels / s
-    kinds = ((width > _SERIES).int() + (width > _PARABOLA).int()).tolist()
-    methods = (_parabola, _series, _nearby)
-    if s.device.type == "cpu":
-        return [(slice(i, i + 1), methods[kind]) for i, kind in enumerate(kinds)]
-    rows = [[i for i, own in enumerate(kinds) if own == kind] for kind in range(len(methods))]
-    return [
-        (torch.tensor(own, device=s.device), method) for own, method in zip(rows, methods, strict=True) if own
-    ]
+    # With few levels, cells that the series has to five digits only are computed as they stand.
+    kinds = (width > _SERIES if levels > WINDOW else width > _SERIES / 2).int() + (width > _PARABOLA).int()
+    together = max(1, _CACHED // logits[0].numel()) if s.device.type == "cpu" else len(s)
+    for kind, method in enumerate((_parabola, _series, _nearby)):
+        rows = (kinds == kind).nonzero()[:, 0]
+        for part in rows.split(together):
+            if len(part) == 1:  # without a copy
+                yield slice(int(part), int(part) + 1), method
+            elif len(part):
+                yield part, method
 
 
 def _parabola(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
@@ -275,7 +281,7 @@ def _series(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
 def _nearby(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
     levels = logits.shape[1]
     # Eight standard deviations to both sides; the wider the cells, the fewer.
-    count = min(WINDOW, 2 + math.ceil(float(8 * levels * s.max())))
+    count = min(WINDOW, levels, 2 + math.ceil(float(8 * levels * s.max())))
     first = _window(y, levels, count)[:, None]
     cells = torch.arange(count + 1, device=y.device)[:, None]
     edges = (2 * (first + cells) / levels - 1 - y[:, None]) / s[:, None, None]

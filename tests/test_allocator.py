@@ -13,9 +13,11 @@ from sde_diffusion.allocator import keep_freed_memory
 
 PROGRAM = """
 import resource, sys, torch
-from sde_diffusion.allocator import keep_freed_memory
-if sys.argv[1] == "keep":
+from sde_diffusion.allocator import keep_freed_memory, return_freed_memory
+if sys.argv[1] != "leave":
     assert keep_freed_memory()
+if sys.argv[1] == "return":
+    assert return_freed_memory()
 for _ in range(12):
     torch.zeros(2**24)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -35,6 +37,7 @@ def _faults(how: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_blocks_are_taken_again_without_page_faults() -> None:
     assert _faults("keep") < 1000 < 10 * _faults("leave")
+    assert 10 * _faults("return") > 1000
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import integrate, stats
 from torch import Tensor
+from torch.testing import assert_close
 
 from sde_diffusion import cells
 from sde_diffusion.cells import expected_noise, series, truncated_normal, truncated_variance
@@ -82,9 +83,9 @@ def test_float32_logits_lose_what_float32_must() -> None:
     assert float((single - expected_noise(logits, y, s)).abs().max()) < 1e-4
 
 
-def test_few_levels_are_computed_as_they_stand() -> None:
-    logits, y, s = problem(17, torch.logspace(-3, 1, 7, dtype=torch.float64))
-    assert torch.equal(expected_noise(logits, y, s), plain(logits, y, s))
+def test_few_levels_are_nearly_as_they_stand() -> None:
+    logits, y, s = problem(17, torch.logspace(-3, 1.5, 40, dtype=torch.float64))
+    assert_close(expected_noise(logits, y, s), plain(logits, y, s), rtol=0, atol=2e-6)
 
 
 def test_gradients_reach_logits_and_state() -> None:
@@ -95,7 +96,7 @@ def test_gradients_reach_logits_and_state() -> None:
     assert torch.autograd.gradcheck(lambda a, b: expected_noise(a, b, s), (logits, y), atol=1e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("levels", [34, 256])
+@pytest.mark.parametrize("levels", [17, 34, 256])
 def test_the_closed_form_of_the_derivatives_is_that_of_the_graph(levels: int) -> None:
     logits, y, s = problem(levels, torch.logspace(-4, 2, 40, dtype=torch.float64))
     widths = 2 / levels / s
@@ -107,7 +108,7 @@ def test_the_closed_form_of_the_derivatives_is_that_of_the_graph(levels: int) ->
         gradients.append(torch.autograd.grad((weights * function(*inputs, s)).sum(), inputs))
     for ours, graph in zip(*gradients, strict=True):
         scale = graph.flatten(1).abs().amax(1)
-        assert float(((ours - graph).flatten(1).abs().amax(1) / scale).max()) < 1e-5
+        assert float(((ours - graph).flatten(1).abs().amax(1) / scale.clamp_min(1e-3)).max()) < 1e-5
 
 
 def test_training_needs_no_derivative_in_the_state() -> None:
@@ -137,9 +138,9 @@ def test_derivatives_by_functions_and_by_batches() -> None:
     noise = expected_noise(logits, state, s)
     rows = torch.stack([torch.ones_like(noise), tangent])
     (slopes,) = torch.autograd.grad(noise, state, rows, is_grads_batched=True)
-    torch.testing.assert_close(value, noise.detach(), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(slopes[0] * tangent, product, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(slopes[1], slopes[0] * tangent, rtol=1e-12, atol=1e-12)
+    assert_close(value, noise.detach(), rtol=1e-6, atol=1e-6)
+    assert_close(slopes[0] * tangent, product, rtol=1e-4, atol=1e-5)
+    assert_close(slopes[1], slopes[0] * tangent, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("width", [1e-4, 0.05, 0.7, 5.0, 40.0])
@@ -164,7 +165,7 @@ def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
     together = expected_noise(logits, y, s)
     for i in range(len(s)):
         alone = expected_noise(logits[i : i + 1], y[i : i + 1], s[i : i + 1])
-        torch.testing.assert_close(alone[0], together[i], rtol=1e-12, atol=1e-12)
+        assert_close(alone[0], together[i], rtol=1e-12, atol=1e-12)
 
 
 def test_a_state_far_outside_the_data_is_finite() -> None:
