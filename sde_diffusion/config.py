@@ -303,6 +303,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         ),
         "train_images": Key(None, "and so many training images beside them; none: as many; 0: none", int),
         "batch_size": Key(360, "images at a time; it does not change the result"),
+        "jobs": Key(1, "on a CPU: processes of one thread, which share the images"),
     },
     "dequantize": {
         "layers": Key(4, "of the flow: coupling layers"),

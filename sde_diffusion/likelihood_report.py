@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,10 +22,12 @@ from torch import Tensor
 
 from sde_diffusion import build, pictures
 from sde_diffusion.checkpoint import weights_hash
+from sde_diffusion.config import UsageError, changed
 from sde_diffusion.dequantization import off_the_grid
 from sde_diffusion.ends import prior_mismatch
 from sde_diffusion.evaluation import as_pictures, given_images, mean_and_error, part_of, subset
-from sde_diffusion.runs import Run
+from sde_diffusion.processes import processes
+from sde_diffusion.runs import Run, load
 from sde_diffusion.workdir import Workdir
 
 __all__ = ["Components", "Effort", "cheapest", "likelihood", "variance_components"]
@@ -225,6 +227,11 @@ class _Part:
     def __len__(self) -> int:
         return len(self.x)
 
+    def piece(self, where: slice) -> _Part:
+        """Some of them, in their order."""
+        labels = None if self.labels is None else self.labels[where]
+        return _Part(self.indices[where], self.x[where], labels, self.wrong[where])
+
     def rows(self, chosen: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         return self.x[chosen], None if self.labels is None else self.labels[chosen]
 
@@ -256,6 +263,8 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
     Samples that fail are named in the section, and are NaN in the file; the others are finished.
     """
     block, settings = run.config.likelihood, build.likelihood(run.config)
+    if settings.jobs > 1 and run.device.type != "cpu":
+        raise UsageError(f"likelihood.jobs is for CPUs; on {run.device} it must be 1, got {settings.jobs}")
     unit = "bits/dim" if run.info.is_image else "nats"
     conditional = bool(run.config.model.class_conditional)
     parts = _parts(run)
@@ -279,14 +288,15 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
     place.folder.mkdir(parents=True, exist_ok=True)
     key = {name: section.get(name) for name in ("seed", "step", "weights_sha256", "flow")}
     data = {name: hashlib.sha256(part.x.numpy().tobytes()).hexdigest() for name, part in parts.items()}
-    everything = key | {"block": block.to_dict(), "chosen": chosen, "data": data}
+    shared = {key: value for key, value in block.to_dict().items() if key not in ("jobs", "batch_size")}
+    everything = key | {"block": shared, "chosen": chosen, "data": data}
     rows = _Rows(place, hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest())
     draws = chosen.get("dequantizations", settings.dequantizations)
     values: dict[str, Tensor] = {}
     for name, part in parts.items():
         before = rows.done(name)
-        for first in range(before, len(part), settings.batch_size):
-            rows.add(_batch(run, name, part, slice(first, first + settings.batch_size), chosen, conditional))
+        for batch in _batches(run, name, part, before, settings, chosen, conditional):
+            rows.add(batch)
         mine = [row for row in rows.rows if row[0] == name]
         values[name] = torch.tensor([row[3] for row in mine], dtype=torch.float64)
         section[name] = _summary(mine, part, draws) | ({"resumed_after": before} if before else {})
@@ -309,19 +319,54 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
     return section
 
 
+def _batches(
+    run: Run,
+    name: str,
+    part: _Part,
+    done: int,
+    settings: build.LikelihoodSettings,
+    chosen: dict[str, Any],
+    conditional: bool,
+) -> Iterator[list[Row]]:
+    """The rows of the samples after the first ``done``, batch by batch in their order."""
+    starts = range(done, len(part), settings.batch_size)
+    tasks = [
+        (name, part.piece(slice(first, first + settings.batch_size)), first, chosen, conditional)
+        for first in starts
+    ]
+    if settings.jobs == 1 or len(tasks) < 2:
+        yield from (_batch(run, *task) for task in tasks)
+        return
+    with processes(settings.jobs, _load_here, (str(run.folder), run.config.to_dict())) as pool:
+        yield from pool.map(_batch_here, tasks)
+
+
+_here: Run | None = None
+"""The run of a process that only evaluates."""
+
+
+def _load_here(folder: str, config: dict[str, Any]) -> None:
+    global _here
+    _here = load(folder, config=changed(config), device="cpu")
+
+
+def _batch_here(task: tuple[Any, ...]) -> list[Row]:
+    assert _here is not None
+    return _batch(_here, *task)
+
+
 def _batch(
-    run: Run, name: str, part: _Part, where: slice, chosen: dict[str, Any], conditional: bool
+    run: Run, name: str, part: _Part, first: int, chosen: dict[str, Any], conditional: bool
 ) -> list[Row]:
-    """The rows of some samples, in their order; of those that cannot be evaluated the value is NaN."""
-    started, where = time.perf_counter(), slice(where.start, min(where.stop, len(part)))
-    x, labels = part.rows(where)
+    """The rows of the samples from ``first`` on; of those that cannot be evaluated the value is NaN."""
+    started, labels = time.perf_counter(), part.labels
     out = run.evaluate(
-        x, run.config.seed, y=labels if conditional else None, first_index=where.start, **chosen
+        part.x, run.config.seed, y=labels if conditional else None, first_index=first, **chosen
     )
-    value = _in_unit(run, out.log_prob).masked_fill(part.wrong[where], math.nan)
-    names = [""] * len(x) if labels is None else [str(label) for label in labels.tolist()]
-    seconds = (time.perf_counter() - started) / len(x)
-    columns = (part.indices[where].tolist(), names, value.tolist(), out.nfe_per_sample.tolist())
+    value = _in_unit(run, out.log_prob).masked_fill(part.wrong, math.nan)
+    names = [""] * len(part) if labels is None else [str(label) for label in labels.tolist()]
+    seconds = (time.perf_counter() - started) / len(part)
+    columns = (part.indices.tolist(), names, value.tolist(), out.nfe_per_sample.tolist())
     return [(name, *row, seconds) for row in zip(*columns, strict=True)]
 
 

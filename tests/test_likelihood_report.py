@@ -127,6 +127,19 @@ def test_an_evaluation_that_was_killed_goes_on(trained: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
+def test_processes_share_the_images(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report(trained, likelihood__pilot_images=0)
+    expected = rows(trained)
+    # Not in this process: the pool is at work.
+    monkeypatch.setattr(Run, "evaluate", None)
+    report(trained, likelihood__pilot_images=0, likelihood__jobs=2)
+    found = rows(trained)
+    assert [row["index"] for row in found] == [row["index"] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float(ours["bits_per_dim"]) == pytest.approx(float(theirs["bits_per_dim"]), abs=1e-5)
+
+
+@pytest.mark.slow
 def test_images_that_fail_are_named_and_the_others_finished(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:

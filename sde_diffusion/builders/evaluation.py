@@ -58,6 +58,7 @@ class LikelihoodSettings:
     train_images: int | None
     tolerance: float | None
     pilot_images: int
+    jobs: int
 
 
 def likelihood(config: ConfigDict, flow: Callable[[], Flow] = _no_flow) -> LikelihoodSettings:
@@ -96,6 +97,7 @@ def likelihood(config: ConfigDict, flow: Callable[[], Flow] = _no_flow) -> Likel
             None if block.train_images is None else positive(config, "likelihood.train_images", 0),
             block.tolerance,
             positive(config, "likelihood.pilot_images", 0),
+            positive(config, "likelihood.jobs"),
         )
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from sde_diffusion.compare.stationarity import stationarity
 from sde_diffusion.compare.targets import TARGETS, target
 from sde_diffusion.correctors import CORRECTORS as KNOWN
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.processes import processes
 
 VERSION = 2
 """Of what an arm's file means; raised when results would change."""
@@ -198,22 +197,6 @@ def _weight(task: Task) -> int:
     return 50 + task[1].get("nfe", 60)
 
 
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes started meanwhile have linear algebra on one thread: two with two each are slower on two cores."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-
 def _done(todo: Sequence[tuple[Task, Path]], settings: Settings, deadline: float) -> Iterator[Task]:
     """Does the tasks and gives them as they are done; begins none after the deadline."""
     if settings.jobs == 1:
@@ -224,8 +207,7 @@ def _done(todo: Sequence[tuple[Task, Path]], settings: Settings, deadline: float
             yield task
         return
     left = iter(todo)
-    context = multiprocessing.get_context("spawn")
-    with _one_thread_each(), ProcessPoolExecutor(settings.jobs, mp_context=context) as pool:
+    with processes(settings.jobs) as pool:
         running: dict[Any, Task] = {}
         while True:
             while len(running) < 2 * settings.jobs and time.monotonic() < deadline:

@@ -1,0 +1,47 @@
+"""Work in several processes of one thread each: on CPUs twice as good as one process of many threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sde_diffusion.allocator import keep_freed_memory
+
+__all__ = ["processes"]
+
+_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@contextmanager
+def processes(
+    number: int, begin: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of so many processes, new ones rather than copies of this, each of which first calls ``begin``."""
+    context = multiprocessing.get_context("spawn")
+    # What a process may use it reads when it starts.
+    before = {name: os.environ.get(name) for name in _THREADS}
+    os.environ.update(dict.fromkeys(_THREADS, "1"))
+    try:
+        with ProcessPoolExecutor(
+            number, mp_context=context, initializer=_begin, initargs=(begin, arguments)
+        ) as pool:
+            yield pool
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _begin(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if begin is not None:
+        begin(*arguments)
