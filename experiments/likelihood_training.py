@@ -3,8 +3,8 @@
     python experiments/likelihood_training.py                # trains what is missing, then evaluates
 
 A network that predicts noise, trained with the simple weighting and uniform times; the same number of steps with the
-last third fine-tuned for likelihood from the averaged weights of the first two; the likelihood objective from the
-start; and a network that predicts grey levels. All have the same size, data, seed and number of steps. The likelihood
+last third fine-tuned for likelihood from the averaged weights of the first two; the same with the simple weighting in
+the last third too, as a control; the likelihood objective from the start; and a network that predicts grey levels. All have the same size, data, seed and number of steps. The likelihood
 is that of the probability-flow ODE with uniform dequantization, and beside it stands the variational bound in
 continuous time, which is what the likelihood objective minimises; differences are paired, image by image.
 """
@@ -43,6 +43,7 @@ NAMES = {
     "first": "noise, simple weighting, two thirds of the steps",
     "simple": "noise, simple weighting",
     "finetuned": "noise, two thirds simple, one third fine-tuned for likelihood",
+    "control": "noise, two thirds simple, one third as fine-tuned but simple",
     "likelihood": "noise, likelihood weighting throughout",
     "levels": "grey levels, likelihood weighting throughout",
 }
@@ -51,16 +52,17 @@ NAMES = {
 def changes(arm: str, folder: Path, steps: int) -> dict[str, Any]:
     """How the config of an arm differs from the default."""
     first = 2 * steps // 3
+    later = {
+        "training.steps": steps - first,
+        "training.learning_rate": 1e-3,
+        "training.warmup_steps": 20,
+        "training.init_from": str(folder / "first"),
+    }
     return {
         "first": SIMPLE | {"training.steps": first},
         "simple": SIMPLE | {"training.steps": steps},
-        "finetuned": NOISE
-        | {
-            "training.steps": steps - first,
-            "training.learning_rate": 1e-3,
-            "training.warmup_steps": 20,
-            "training.init_from": str(folder / "first"),
-        },
+        "finetuned": NOISE | later,
+        "control": SIMPLE | later,
         "likelihood": NOISE | {"training.steps": steps},
         "levels": {"training.steps": steps},
     }[arm] | COMMON
@@ -68,7 +70,7 @@ def changes(arm: str, folder: Path, steps: int) -> dict[str, Any]:
 
 def train(arm: str, folder: Path, steps: int) -> None:
     """Trains an arm, and what it begins with, unless that is done."""
-    if arm == "finetuned":
+    if arm in ("finetuned", "control"):
         train("first", folder, steps)
     config = changed(changes(arm, folder, steps))
     done = Workdir(folder / arm).read_metrics().get("training", {}).get("steps")
