@@ -5,7 +5,7 @@
 A network that predicts noise, trained with the simple weighting and uniform times; the same number of steps with the
 last third fine-tuned for likelihood from the averaged weights of the first two; the same with the simple weighting in
 the last third too, as a control; the likelihood objective from the start; and a network that predicts grey levels.
-All have the same size, data, seed and number of steps. The likelihood is that of the probability-flow ODE with uniform
+All have equal size, data, seed and number of steps. The likelihood is that of the probability-flow ODE with uniform
 dequantization, and beside it stands the variational bound in continuous time, which is what the likelihood objective
 minimises; differences are paired, image by image.
 """
