@@ -192,6 +192,9 @@ def ddpmpp(**changes: Any) -> nn.Module:
 CPU_SIDES: dict[str, Callable[[], Side]] = {
     "diffusers float32": lambda: theirs(UNET2D, 8),
     "ours, auto precision": lambda: ours(lambda: UNet2D(**UNET2D), 8),
+    "ours, freed memory returned": lambda: replace(
+        ours(lambda: UNet2D(**UNET2D), 8), allocate=return_freed_memory
+    ),
     "ours float32": lambda: ours(lambda: UNet2D(**UNET2D), 8, dtype=torch.float32),
     "DDPM++ ours, auto precision": lambda: ours(ddpmpp, 4),
     "DDPM++ ours float32": lambda: ours(ddpmpp, 4, dtype=torch.float32),
@@ -315,7 +318,12 @@ def on_cpu(bench: Bench, title: str, names: list[str], threads: int) -> dict[str
 
 def unet2d(bench: Bench, threads: int) -> None:
     """Against diffusers."""
-    names = ["diffusers float32", "ours, auto precision", "ours float32"]
+    names = [
+        "diffusers float32",
+        "ours, auto precision",
+        "ours, freed memory returned",
+        "ours float32",
+    ]
     on_cpu(bench, "UNet2D, 8,952,067 parameters, 32x32, batch 8", names, threads)
 
 
