@@ -113,7 +113,7 @@ def _in_bfloat16(run: Any, method: Callable[[], sd.Likelihood]) -> sd.Likelihood
         return method()
 
 
-def outliers(run: Any, images: int) -> dict[str, dict[str, float]]:
+def outliers(run: Any, images: int, precision: str) -> dict[str, dict[str, float]]:
     """Bits/dim of test images and of others; typicality is how far from the median bits/dim of training images."""
     levels = run.data.test[:images]
     generator = torch.Generator().manual_seed(0)
@@ -127,8 +127,8 @@ def outliers(run: Any, images: int) -> dict[str, dict[str, float]]:
         "constant grey": torch.full_like(levels, run.info.levels // 2),
         "at half contrast": levels // 2,
     }
-    found = {name: run.bits_per_dim(x, seed=0) for name, x in kinds.items()}
-    known = run.bits_per_dim(run.data.train[:images], seed=1)
+    found = {name: run.bits_per_dim(x, seed=0, precision=precision) for name, x in kinds.items()}
+    known = run.bits_per_dim(run.data.train[:images], seed=1, precision=precision)
     centre, spread = float(known.median()), float(known.std())
 
     def separation(high: Tensor, low: Tensor) -> float:
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", choices=("cost", "outliers"), default=("cost", "outliers"))
     parser.add_argument("--truth", type=float, default=1e-8, help="tolerance of what counts as the truth")
+    parser.add_argument("--precision", default="float32", help="of the network, for the outliers")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     arguments = parser.parse_args()
     run = sd.load(arguments.workdir)
@@ -164,7 +165,7 @@ def main() -> None:
         found["cost"] = cost(run, arguments.images, arguments.repeats, arguments.truth, arguments.clock)
         _print_cost(found["cost"], arguments.clock)
     if "outliers" in arguments.parts:
-        found["outliers"] = outliers(run, arguments.images)
+        found["outliers"] = outliers(run, arguments.images, arguments.precision)
         _print_outliers(found["outliers"])
     print(json.dumps(found))
 
