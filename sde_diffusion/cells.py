@@ -116,7 +116,10 @@ def expected_noise(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
     """
     if (torch.is_grad_enabled() and s.requires_grad) or torch._C._are_functorch_transforms_active():
         return _by_width(logits, y, s)
-    return _ExpectedNoise.apply(logits, y, s)
+    if not torch.is_grad_enabled():
+        logits, y = logits.detach(), y.detach()
+    with torch.autocast(y.device.type, enabled=False):
+        return _ExpectedNoise.apply(logits, y, s)
 
 
 def _by_width(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -145,7 +148,7 @@ def _all_cells(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 def _window(y: Tensor, levels: int, count: int) -> Tensor:
     """The first of ``count`` cells around ``y``, whole numbers as float64."""
-    return ((y.detach() + 1) * levels / 2 - count / 2).round().clamp(0, levels - count)
+    return ((y.detach() + 1) * levels / 2 - count / 2).round().nan_to_num(0.0).clamp(0, levels - count)
 
 
 def _nearby_cells(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -192,10 +195,10 @@ class _ExpectedNoise(torch.autograd.Function):
         for rows, method in _groups(s, logits):
             own = levels_first[rows].flatten(2)
             value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], wanted)
-            noise[rows] = value.to(noise.dtype).reshape(noise[rows].shape)
+            noise[rows] = value.to(noise.dtype).reshape(-1, *noise.shape[1:])
             if slopes is not None and in_y is not None:
-                slopes[rows] = in_logits.reshape(slopes[rows].shape)
-                in_y[rows] = in_state.to(noise.dtype).reshape(in_y[rows].shape)
+                slopes[rows] = in_logits.reshape(-1, *slopes.shape[1:])
+                in_y[rows] = in_state.to(noise.dtype).reshape(-1, *noise.shape[1:])
         twice = ctx.needs_input_grad[1]
         ctx.save_for_backward(slopes, in_y, *((logits, y, s) if twice else ()))
         return noise
@@ -228,7 +231,7 @@ def _groups(s: Tensor, logits: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
     width = 2 / levels / s
     # With few levels, cells that the series has to five digits only are computed as they stand.
     kinds = (width > _SERIES if levels > WINDOW else width > _SERIES / 2).int() + (width > _PARABOLA).int()
-    together = max(1, _CACHED // logits[0].numel()) if s.device.type == "cpu" else len(s)
+    together = max(1, _CACHED // max(1, logits[:1].numel())) if s.device.type == "cpu" else max(1, len(s))
     for kind, method in enumerate((_parabola, _series, _nearby)):
         rows = (kinds == kind).nonzero()[:, 0]
         for part in rows.split(together):
@@ -245,17 +248,24 @@ def _parabola(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slope
     inside = 2 * _cumulants(2 / levels / s)[0]
     a = 1 - inside
     precision = (a / s.square())[:, None]
-    factors = torch.stack([precision * centres, -0.5 * precision * centres.square()], -1).to(logits.dtype)
-    state = torch.stack([y, torch.ones_like(y)], 1).to(logits.dtype)
-    p = torch.baddbmm(logits, factors, state).softmax(1)
+    linear, constant = precision * centres, -0.5 * precision * centres.square()
+    linear, constant = (term.to(logits.dtype)[:, :, None] for term in (linear, constant))
+    p = torch.addcmul(logits, linear, y.to(logits.dtype)[:, None]).add_(constant).softmax(1)
     single = centres.to(logits.dtype)
-    mean = torch.einsum("k,bkp->bp", single, p)
+    mean = _over_levels(single, p)
     noise = (a / s)[:, None] * (y - mean.double())
     if not derivatives:
         return noise, p, mean
     spread = p.mul_(single[:, None] - mean[:, None])
-    variance = inside[:, None] + (a / s).square()[:, None] * torch.einsum("k,bkp->bp", single, spread)
+    variance = inside[:, None] + (a / s).square()[:, None] * _over_levels(single, spread)
     return noise, spread.mul_(-(a / s).to(p.dtype)[:, None, None]), (1 - variance) / s[:, None]
+
+
+def _over_levels(values: Tensor, p: Tensor) -> Tensor:
+    """``sum_k values_k p_k``, (B, P); on a GPU not by a product of matrices, which may have ten bits there."""
+    if p.device.type == "cpu":
+        return torch.einsum("k,bkp->bp", values, p)
+    return (p * values[:, None]).sum(1)
 
 
 def _series(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
@@ -270,7 +280,9 @@ def _series(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
         return noise, p, mean
     c1, c2, c3 = _cumulants(width)
     m = middle.square_().clamp_max_(_SERIES_REACH)
-    slope = 1 - 2 * c1 - (30 * c3 * m + 12 * c2) * m  # d mean / d middle
+    # d mean / d middle; where the series is held at its reach, of the line through it.
+    within_reach = (30 * c3 * m + 12 * c2) * m
+    slope = 1 - 2 * c1 - torch.where(m < _SERIES_REACH, within_reach, (6 * c3 * m + 4 * c2) * m)
     spread = mean.add_(noise[:, None])
     within = (p * slope).sum(1)
     in_logits = p.mul_(spread)

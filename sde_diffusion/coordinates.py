@@ -36,6 +36,8 @@ from sde_diffusion.tensors import expand
 
 __all__ = ["Coordinates", "LogSNRCoordinates", "TimeCoordinates", "coordinates"]
 
+_LEAST = 1e-4
+
 
 class Coordinates(Protocol):
     """States ``z = x / scale(t)`` as a function of a variable ``u`` that rises with t."""
@@ -77,7 +79,9 @@ class TimeCoordinates:
     def reach(self, sde: SDE, u: Tensor, factor: float) -> Tensor:
         """``t' - t``, where the log-SNR is less by ``2 log factor``."""
         later = sde.time_of_log_snr(sde.log_snr(u).detach() - 2 * math.log(factor))
-        return torch.where(torch.isfinite(later), later, sde.t_max).clamp_max(sde.t_max) - u
+        reach = torch.where(torch.isfinite(later), later, sde.t_max).clamp_max(sde.t_max) - u
+        # Where there is no noise at all, no factor leads away from it.
+        return reach.clamp_min((factor - 1) * _LEAST * (sde.t_max - sde.t_min))
 
     def field(self, sde: SDE, score: Score) -> Field:
         """The field of :func:`~sde_diffusion.ode.probability_flow`."""
@@ -90,7 +94,6 @@ class TimeCoordinates:
 
 
 _VARIABLES = ("angle", "log_snr")
-_LEAST_ANGLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class LogSNRCoordinates:
     def reach(self, sde: SDE, u: Tensor, factor: float) -> Tensor:
         """``(factor - 1) (theta + 1e-4)``, for small angles are as the noise; or ``log factor``."""
         if self.variable_name == "angle":
-            return (factor - 1) * (u + _LEAST_ANGLE)
+            return (factor - 1) * (u + _LEAST)
         return torch.full_like(u, math.log(factor))
 
     def field(self, sde: SDE, score: Score) -> Field:

@@ -66,8 +66,7 @@ def _on_a_terminal() -> bool:
 def _check_sampling(config: ConfigDict, model: ScoreModel | None = None) -> None:
     build.positive(config, "seed", 0)
     build.positive(config, "sampling.batch_size")
-    for block in ("sampling", "likelihood"):
-        build.network_precision(config, block, build.device(config))
+    build.network_precision(config, "sampling", build.device(config))
     build.sampler(config, model=model)
 
 

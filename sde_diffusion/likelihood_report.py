@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sde_diffusion import build, pictures
 from sde_diffusion.checkpoint import weights_hash
-from sde_diffusion.config import UsageError, changed
+from sde_diffusion.config import changed
 from sde_diffusion.dequantization import off_the_grid
 from sde_diffusion.ends import prior_mismatch
 from sde_diffusion.evaluation import as_pictures, given_images, mean_and_error, part_of, subset
@@ -149,7 +149,12 @@ def _planned(
     best: tuple[float, dict[str, Any], Effort] | None = None
     for tolerance in _LADDER:
         settings: dict[str, Any] = {"rtol": tolerance, "atol": tolerance, "probes": 1}
-        components, nfe = _measure(run, x, labels, settings)
+        try:
+            components, nfe = _measure(run, x, labels, settings)
+        except ValueError:
+            if best is None:
+                raise
+            break  # below the rounding of the network
         effort = cheapest(components, images, wanted)
         tried.append({"rtol": tolerance, "evaluations": nfe, **asdict(components)})
         if effort is not None:
@@ -228,9 +233,9 @@ class _Part:
         return len(self.x)
 
     def piece(self, where: slice) -> _Part:
-        """Some of them, in their order."""
-        labels = None if self.labels is None else self.labels[where]
-        return _Part(self.indices[where], self.x[where], labels, self.wrong[where])
+        """Some of them, in their order; copies, so that no more than they is sent to another process."""
+        labels = None if self.labels is None else self.labels[where].clone()
+        return _Part(self.indices[where].clone(), self.x[where].clone(), labels, self.wrong[where].clone())
 
     def rows(self, chosen: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         return self.x[chosen], None if self.labels is None else self.labels[chosen]
@@ -263,8 +268,6 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
     Samples that fail are named in the section, and are NaN in the file; the others are finished.
     """
     block, settings = run.config.likelihood, build.likelihood(run.config)
-    if settings.jobs > 1 and run.device.type != "cpu":
-        raise UsageError(f"likelihood.jobs is for CPUs; on {run.device} it must be 1, got {settings.jobs}")
     unit = "bits/dim" if run.info.is_image else "nats"
     conditional = bool(run.config.model.class_conditional)
     parts = _parts(run)
@@ -289,6 +292,7 @@ def likelihood(run: Run, place: Workdir, references: dict[str, float] | None = N
     key = {name: section.get(name) for name in ("seed", "step", "weights_sha256", "flow")}
     data = {name: hashlib.sha256(part.x.numpy().tobytes()).hexdigest() for name, part in parts.items()}
     shared = {key: value for key, value in block.to_dict().items() if key not in ("jobs", "batch_size")}
+    shared["precision"] = str(build.network_precision(run.config, "likelihood", run.device))
     everything = key | {"block": shared, "chosen": chosen, "data": data}
     rows = _Rows(place, hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest())
     draws = chosen.get("dequantizations", settings.dequantizations)
@@ -329,25 +333,35 @@ def _batches(
     conditional: bool,
 ) -> Iterator[list[Row]]:
     """The rows of the samples after the first ``done``, batch by batch in their order."""
-    starts = range(done, len(part), settings.batch_size)
+    size = max(1, min(settings.batch_size, math.ceil((len(part) - done) / settings.jobs)))
     tasks = [
-        (name, part.piece(slice(first, first + settings.batch_size)), first, chosen, conditional)
-        for first in starts
+        (name, part.piece(slice(first, first + size)), first, chosen, conditional)
+        for first in range(done, len(part), size)
     ]
     if settings.jobs == 1 or len(tasks) < 2:
         yield from (_batch(run, *task) for task in tasks)
         return
-    with processes(settings.jobs, _load_here, (str(run.folder), run.config.to_dict())) as pool:
-        yield from pool.map(_batch_here, tasks)
+    flow = run.flow.state_dict() if run.config.likelihood.dequantization == build.VARIATIONAL else None
+    here = (str(run.folder), run.config.to_dict(), run.model.state_dict(), flow)
+    with processes(settings.jobs, _load_here, here) as pool:
+        for rows in pool.map(_batch_here, tasks):
+            # As long as it took all of them together.
+            yield [(*row[:-1], row[-1] / settings.jobs) for row in rows]
 
 
 _here: Run | None = None
 """The run of a process that only evaluates."""
 
 
-def _load_here(folder: str, config: dict[str, Any]) -> None:
+def _load_here(
+    folder: str, config: dict[str, Any], weights: dict[str, Tensor], flow: dict[str, Tensor] | None
+) -> None:
     global _here
     _here = load(folder, config=changed(config), device="cpu")
+    # Not those of the newest checkpoint, which may be another by now.
+    _here.model.load_state_dict(weights)
+    if flow is not None:
+        _here.flow.load_state_dict(flow)
 
 
 def _batch_here(task: tuple[Any, ...]) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -31,7 +32,15 @@ def processes(
         with ProcessPoolExecutor(
             number, mp_context=context, initializer=_begin, initargs=(begin, arguments)
         ) as pool:
-            yield pool
+            others = set(multiprocessing.active_children())
+            try:
+                yield pool
+            except BaseException:
+                # Nobody waits for what is being computed.
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in set(multiprocessing.active_children()) - others:
+                    process.terminate()
+                raise
     finally:
         for name, value in before.items():
             if value is None:
@@ -41,7 +50,16 @@ def processes(
 
 
 def _begin(begin: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     torch.set_num_threads(1)
     keep_freed_memory()
     if begin is not None:
         begin(*arguments)
+
+
+def _end_with(parent: Any) -> None:
+    """A parent that is killed ends nothing by itself."""
+    parent.join()
+    os._exit(1)

@@ -168,6 +168,30 @@ def test_a_sample_does_not_depend_on_its_batch_mates() -> None:
         assert_close(alone[0], together[i], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("levels", [17, 256])
+def test_a_state_that_is_not_a_number_spoils_itself_only(levels: int) -> None:
+    logits, y, s = problem(levels, torch.logspace(-3, 1, 6, dtype=torch.float64))
+    whole = expected_noise(logits, y, s)
+    broken = y.clone()
+    broken[::2, 0, 0, 0] = math.nan
+    found = expected_noise(logits, broken, s)
+    assert bool(found[::2, 0, 0, 0].isnan().all()) and not bool(found[1::2].isnan().any())
+    assert_close(found[1::2], whole[1::2], rtol=1e-12, atol=1e-12)
+
+
+def test_an_empty_batch() -> None:
+    logits, y, s = problem(40, torch.ones(1, dtype=torch.float64))
+    assert expected_noise(logits[:0], y[:0], s[:0]).shape == y[:0].shape
+
+
+def test_autocast_does_not_reach_it() -> None:
+    logits, y, s = problem(256, torch.logspace(-2, 1, 6, dtype=torch.float64))
+    logits = logits.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = expected_noise(logits, y, s)
+    assert torch.equal(low, expected_noise(logits, y, s))
+
+
 def test_a_state_far_outside_the_data_is_finite() -> None:
     s = torch.tensor([1e-4, 1e-2, 1.0], dtype=torch.float64)
     y = torch.tensor([-30.0, 30.0], dtype=torch.float64).reshape(1, 1, 1, 2).expand(3, 1, 1, 2)

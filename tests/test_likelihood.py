@@ -667,7 +667,22 @@ def test_a_reach_multiplies_the_noise(name: str, process: str) -> None:
         assert_close(grown, torch.full_like(grown, 1.5), rtol=1e-6, atol=0)
 
 
+def test_without_any_noise_time_is_left_by_a_short_step() -> None:
+    sde, data = sd.VP(t_min=0.0), mixture_2d()
+    x = samples(data, 3)
+    found = sd.log_likelihood(
+        sde,
+        data.score(sde),
+        x,
+        coordinates=sd.TimeCoordinates(),
+        prior_log_prob=lambda z: data.marginal_log_prob(sde, z, times64(1.0)[0]),
+    )
+    assert_close(found.log_prob, data.log_prob(x), rtol=0, atol=1e-4)
+
+
 def test_a_reach_in_time_ends_with_the_process() -> None:
     sde = sd.VP()
     u = torch.tensor([0.9, 0.99, 1.0], dtype=torch.float64)
-    assert_close(u + sd.TimeCoordinates().reach(sde, u, 100.0), torch.ones(3, dtype=torch.float64))
+    ends = u + sd.TimeCoordinates().reach(sde, u, 100.0)
+    assert_close(ends[:2], torch.ones(2, dtype=torch.float64))
+    assert 1 < float(ends[2]) < 1.02  # a step is never nothing

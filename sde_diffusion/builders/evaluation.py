@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ml_collections import ConfigDict
 
-from sde_diffusion.builders.shared import block_errors, named, positive
+from sde_diffusion.builders.shared import block_errors, device, named, network_precision, positive
 from sde_diffusion.coordinates import Coordinates, coordinates
 from sde_diffusion.dequantization import (
     Dequantization,
@@ -76,7 +76,11 @@ def likelihood(config: ConfigDict, flow: Callable[[], Flow] = _no_flow) -> Likel
     }
     make = named("likelihood.solver", block.solver, solvers)
     dequantization = _dequantization(block.dequantization, flow)
+    place = device(config)
+    network_precision(config, "likelihood", place)
     with block_errors("likelihood"):
+        if block.jobs > 1 and place.type != "cpu":
+            raise ValueError(f"jobs is for CPUs; on {place} it must be 1, got {block.jobs}")
         if block.tolerance is not None and not 0 < block.tolerance < float("inf"):
             raise ValueError(f"tolerance must be positive, got {block.tolerance!r}")
         if block.importance and block.divergence != "exact":
