@@ -114,7 +114,8 @@ def expected_noise(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
     Returns:
         (B, *D), in the type of the logits.
     """
-    if (torch.is_grad_enabled() and s.requires_grad) or torch._C._are_functorch_transforms_active():
+    transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if transformed or (torch.is_grad_enabled() and s.requires_grad):
         return _by_width(logits, y, s)
     if not torch.is_grad_enabled():
         logits, y = logits.detach(), y.detach()
