@@ -4,8 +4,8 @@
 
 The variational bound in continuous time costs a few evaluations of the network an image, the likelihood of the
 probability-flow ODE some sixty with their derivatives. Both are of the same dequantized images; the mean over all by
-the ODE is estimated from blocks of images drawn at random, with the bound as a covariate (a regression estimator, which
-uses how the drawn blocks' bounds differ from the whole's). With few draws of the bound it helps little.
+the ODE is estimated from blocks of images drawn at random, with the bound as a covariate (a regression estimator:
+how the drawn blocks' bounds differ from the whole's). With few draws of the bound it helps little.
 What has been computed is kept in ``whole_split.jsonl`` in the folder; the same command goes on.
 """
 
