@@ -114,10 +114,9 @@ def report(rows: list[Any], total: int) -> None:
     blocks = sorted({i // BLOCK for i in both})
     if len(found["bound"]) == total and len(blocks) > 2:
         ode, bound = (
-            torch.tensor(
-                [[values[i] for i in range(b * BLOCK, (b + 1) * BLOCK) if i in values] for b in blocks],
-                dtype=torch.float64,
-            ).mean(1)
+            torch.stack(
+                [torch.tensor([values[i] for i in both if i // BLOCK == b]).double().mean() for b in blocks]
+            )
             for values in (found["ode"], found["bound"])
         )
         everything = torch.tensor(list(found["bound"].values()), dtype=torch.float64)
