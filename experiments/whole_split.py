@@ -113,18 +113,16 @@ def report(rows: list[Any], total: int) -> None:
             print(f"{kind}: {mean['mean']:.4f} ± {mean['standard_error']:.4f} bits/dim, {len(values)} images")
     blocks = sorted({i // BLOCK for i in both})
     if len(found["bound"]) == total and len(blocks) > 2:
-        ode, bound = (
-            torch.stack(
-                [torch.tensor([values[i] for i in both if i // BLOCK == b]).double().mean() for b in blocks]
-            )
-            for values in (found["ode"], found["bound"])
-        )
-        everything = torch.tensor(list(found["bound"].values()), dtype=torch.float64)
+        pairs = torch.tensor([[found["ode"][i], found["bound"][i]] for i in both], dtype=torch.float64)
+        place = torch.tensor([i // BLOCK for i in both])
+        ode, bound = torch.stack([pairs[place == b].mean(0) for b in blocks]).unbind(1)
         slope = float(torch.cov(torch.stack([ode, bound]))[0, 1] / bound.var())
-        left = ode - slope * (bound - bound.mean())
-        value = float(left.mean() + slope * (everything.mean() - bound.mean()))
-        error = float(left.std()) / math.sqrt(len(blocks)) * math.sqrt(1 - len(both) / total)
-        print(f"all {total} by the ODE: {value:.4f} ± {error:.4f}, slope {slope:.2f}, {len(blocks)} blocks")
+        ahead = sum(found["bound"].values()) / total - float(pairs[:, 1].mean())
+        error = float((ode - slope * bound).std()) / math.sqrt(len(blocks)) * math.sqrt(1 - len(both) / total)
+        print(
+            f"all {total} by the ODE: {float(pairs[:, 0].mean()) + slope * ahead:.4f} ± {error:.4f}, "
+            f"slope {slope:.2f}, {len(blocks)} blocks"
+        )
     evaluations = [spent for kind, _, _, spent in rows if kind == "ode"]
     if evaluations:
         print(f"{sum(evaluations) / len(evaluations):.1f} evaluations an image by the ODE")

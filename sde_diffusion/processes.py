@@ -1,4 +1,4 @@
-"""Work in several processes of one thread each: on CPUs twice as good as one process of many threads."""
+"""Work in several processes of one thread each, which on CPUs do more than one process of as many threads."""
 
 from __future__ import annotations
 
