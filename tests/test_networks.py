@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion.networks import MLP, UNet
+from sde_diffusion.networks.unet import pixel_shuffle, pixel_unshuffle
 
 SMALL: dict[str, Any] = {"channels": 8, "channel_multipliers": (1, 2), "blocks_per_level": 1, "groups": 4}
 
@@ -56,6 +57,14 @@ def test_padding_is_zeros_at_the_bottom_and_right() -> None:
     padded = torch.zeros(2, 2, 8, 8)
     padded[:, :, :6, :5] = x
     torch.testing.assert_close(net(x, c), net(padded, c)[:, :, :6, :5])
+
+
+@pytest.mark.parametrize("side", [2, 3])
+def test_shuffles_are_those_of_torch(side: int) -> None:
+    x = torch.arange(2 * 2 * 6 * 12.0).reshape(2, 2, 6, 12)
+    squares = pixel_unshuffle(x, side)
+    assert torch.equal(squares, nn.functional.pixel_unshuffle(x, side))
+    assert torch.equal(pixel_shuffle(squares, side), x)
 
 
 def test_unshuffled_squares_are_channels() -> None:
