@@ -56,6 +56,7 @@ from sde_diffusion.config import default_config, set_key
 from sde_diffusion.data import load_dataset
 from sde_diffusion.devices import choose_precision
 from sde_diffusion.ema import EMA
+from sde_diffusion.networks import channels_last as fast_layout
 from sde_diffusion.networks.ncsnpp import NCSNpp
 from sde_diffusion.networks.unet2d import UNet2D
 from sde_diffusion.presets import preset
@@ -112,10 +113,11 @@ def ours(
     """A network of ours, trained as the trainer does; ``dtype`` None for the default of the device."""
     torch.manual_seed(0)
     dtype = choose_precision("auto", device) if dtype is None else dtype
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    on_cpu = device.type == "cpu" and dtype == BFLOAT16 and fast_layout.available()  # as the trainer has it
+    layout = torch.channels_last if channels_last or on_cpu else torch.contiguous_format
     net = make().to(device, memory_format=layout)
     ema = EMA(net, 0.999)
-    optimizer = TrainingSettings().build_optimizer([p for p in net.parameters() if p.requires_grad])
+    optimizer = TrainingSettings().build_optimizer(net)
     x, t, noise = inputs(batch, device)
     x, t = x.contiguous(memory_format=layout), t.float()
     precise = dtype == torch.float32

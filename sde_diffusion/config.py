@@ -136,8 +136,10 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "learning_rate": Key(2e-3, "peak learning rate"),
         "schedule": Key("cosine", "of the learning rate: constant or cosine"),
         "warmup_steps": Key(100, "linear warm-up"),
-        "optimizer": Key("adam", "adam or adamw"),
-        "weight_decay": Key(0.0, "decoupled for adamw"),
+        "optimizer": Key(
+            "adam", "adam, adamw or muon (layers' matrices orthogonalised; learning rates of about 1e-2)"
+        ),
+        "weight_decay": Key(0.0, "decoupled for adamw and muon"),
         "beta1": Key(0.9, "of Adam"),
         "beta2": Key(0.99, "of Adam"),
         "gradient_clip": Key(1.0, "largest gradient norm; none: no clipping", float),

@@ -27,6 +27,7 @@ from sde_diffusion.devices import choose_device, choose_precision
 from sde_diffusion.ema import EMA
 from sde_diffusion.interrupts import StopSignals, TrainingInterrupted
 from sde_diffusion.monitor import Monitor, NoiseLevels, Window
+from sde_diffusion.networks import channels_last
 from sde_diffusion.objective import Objective
 from sde_diffusion.training_settings import MAY_CHANGE, TrainingSettings, learning_rate_factor
 
@@ -124,17 +125,18 @@ class Trainer:
 
         self.model = cast(Any, model.to(self.device))
         self.objective = Objective(settings, data, self.model.sde, self.device)
-        if self.objective.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+        precision = choose_precision(settings.precision, self.device)
+        if self.objective.channels_last or self._gradients_channels_last(precision):
+            cast(Any, self.model).to(memory_format=torch.channels_last)
         self.ema = EMA(self.model, settings.ema_decay)
         # After the copy: the averaged model stays in full precision and uncompiled.
-        if choose_precision(settings.precision, self.device) == torch.bfloat16:
+        if precision == torch.bfloat16:
             self.model.autocast = torch.bfloat16
         if settings.compile:
             self.model.net.compile()
 
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = settings.build_optimizer(self._parameters)
+        self.optimizer = settings.build_optimizer(self.model)
         self.batches = Batches(
             data.train,
             settings.batch_size,
@@ -151,6 +153,12 @@ class Trainer:
         self._speed = 0.0
         self._seconds_before = 0.0
         self._started = time.monotonic()
+
+    def _gradients_channels_last(self, precision: torch.dtype) -> bool:
+        """Whether gradients come with channels last whatever images are: so should the weights then."""
+        if self.settings.channels_last is not None or not self.data.is_image:
+            return False
+        return self.device.type == "cpu" and precision == torch.bfloat16 and channels_last.available()
 
     # ------------------------------------------------------------ the whole run
 
@@ -187,6 +195,8 @@ class Trainer:
                         losses = self._report(monitor, on_sample, final)
                     if stop.received is not None:
                         raise TrainingInterrupted(stop.received, self.step, steps, self._save())
+        if self.device.type == "cpu":  # in float32 that layout is slow there
+            cast(Any, self.ema.module).to(memory_format=torch.contiguous_format)
         return TrainingResult(
             step=self.step,
             loss=self._loss,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from sde_diffusion.losses import (
     TimeSampler,
     Weighting,
 )
+from sde_diffusion.muon import Muon, Together, layer_matrices
 
 __all__ = [
     "MAY_CHANGE",
@@ -30,7 +30,7 @@ __all__ = [
     "learning_rate_factor",
 ]
 
-OPTIMIZERS: dict[str, Any] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+OPTIMIZERS = ("adam", "adamw", "muon")
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
@@ -66,9 +66,9 @@ class TrainingSettings:
         learning_rate: peak learning rate.
         schedule: "constant", or "cosine": decay to 0 at the end of the run.
         warmup_steps: linear warm-up from 0.
-        optimizer: "adam" or "adamw".
-        weight_decay: decoupled for adamw, L2 for adam.
-        beta1, beta2: of Adam.
+        optimizer: "adam", "adamw", or "muon" (see :mod:`sde_diffusion.muon`; learning rates of about 1e-2).
+        weight_decay: decoupled for adamw and for the matrices of muon, L2 for adam.
+        beta1, beta2: of Adam, also that for what is no matrix beside muon.
         gradient_clip: largest gradient norm; None for no clipping.
         ema_decay: largest decay of the averaged weights (they warm up, see
             :func:`sde_diffusion.ema.ema_decay`).
@@ -196,15 +196,25 @@ class TrainingSettings:
         plain = (bool, int, float, str, type(None))
         return {name: value if isinstance(value, plain) else repr(value) for name, value in values.items()}
 
-    def build_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters: fused, that is, one kernel for all of them, on GPUs and CPUs."""
-        return OPTIMIZERS[self.optimizer](
-            parameters,
-            lr=self.learning_rate,
-            betas=(self.beta1, self.beta2),
-            weight_decay=self.weight_decay,
-            fused=True,
-        )
+    def build_optimizer(self, model: nn.Module) -> torch.optim.Optimizer | Together:
+        """The optimizer of all parameters of ``model`` that need a gradient.
+
+        Adam is fused, that is, one kernel for all parameters, on GPUs and CPUs. "muon" is :class:`Muon` for
+        :func:`layer_matrices` and Adam for the others.
+        """
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        matrices = layer_matrices(model) if self.optimizer == "muon" else []
+        chosen = set(matrices)
+        rest = [p for p in parameters if p not in chosen]
+        adam: list[torch.optim.Optimizer] = []
+        if rest:
+            kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+            betas = self.beta1, self.beta2
+            decay = 0.0 if self.optimizer == "muon" else self.weight_decay
+            adam = [kind(rest, lr=self.learning_rate, betas=betas, weight_decay=decay, fused=True)]
+        if not matrices:
+            return adam[0]
+        return Together(Muon(matrices, lr=self.learning_rate, weight_decay=self.weight_decay), *adam)
 
 
 def learning_rate_factor(settings: TrainingSettings, step: int, elapsed: float = 0.0) -> float:

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion.networks.attention import attend_channels, attend_tokens
+from sde_diffusion.networks.channels_last import fused, is_channels_last, norm_silu
 from sde_diffusion.networks.checks import positive_int, probability
 from sde_diffusion.networks.convolution import Conv3x3
+from sde_diffusion.networks.narrow_attention import is_narrow, narrow_attention
 
 
 def zero_init(module: nn.Module) -> nn.Module:
@@ -91,7 +93,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         """x: (B, in_channels, H, W), modulation: (B, modulation_features) -> (B, out_channels, H, W)."""
-        h = F.silu(self.norm1(x))
+        h = normalized(self.norm1, x, silu=True)
         if isinstance(self.resampler, RepeatUpsample):
             h, x = repeat_and_convolve(h, self.conv1), self.resampler(x)
         elif self.resampler is not None:
@@ -99,10 +101,11 @@ class ResBlock(nn.Module):
         else:
             h = self.conv1(h)
         if self.scale_shift:
-            h = modulated_norm(self.norm2, h, *modulation.chunk(2, dim=1))
+            scale, shift = modulation.chunk(2, dim=1)
+            h = normalized(self.norm2, h, scale, shift, silu=True)
         else:
-            h = self.norm2(h + expand_channels(modulation, h))
-        h = self.conv2(dropout(F.silu(h), self.dropout, self.training))
+            h = normalized(self.norm2, h + expand_channels(modulation, h), silu=True)
+        h = self.conv2(dropout(h, self.dropout, self.training))
         skip = self.skip
         kept = pointwise(x, skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else x
         return _residual(kept, h, self.out_scale)
@@ -111,6 +114,34 @@ class ResBlock(nn.Module):
 def expand_channels(features: Tensor, x: Tensor) -> Tensor:
     """features (B, C) in the dtype of the images x, (B, C, 1, 1)."""
     return features.to(x.dtype)[:, :, None, None]
+
+
+def normalized(
+    norm: nn.GroupNorm,
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    silu: bool = False,
+) -> Tensor:
+    """``f(norm(x) (1 + scale) + shift)``, f being SiLU or nothing, by the fastest way there is for x.
+
+    Args:
+        norm: with weight and bias.
+        x: (B, C, H, W).
+        scale, shift: both (B, C), or both None for neither.
+        silu: whether to apply SiLU.
+    """
+    if fused(x):
+        weight, bias = norm.weight.float()[None], norm.bias.float()[None]
+        if scale is not None and shift is not None:
+            factor = 1 + scale.float()
+            weight, bias = weight * factor, torch.addcmul(shift.float(), bias, factor)
+        return norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu)
+    if x.device.type == "cpu" and is_channels_last(x):  # torch's GroupNorm is many times slower so
+        x = x.contiguous()
+    h = norm(x) if scale is None or shift is None else modulated_norm(norm, x, scale, shift)
+    return F.silu(h) if silu else h
 
 
 def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -165,13 +196,24 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, channels, H, W) -> the same shape."""
-        h = self.norm(x)
+        h = normalized(self.norm, x) if isinstance(self.norm, nn.GroupNorm) else self.norm(x)
+        if is_channels_last(h) and h.device.type == "cpu":
+            return self._of_rows(x, h)
         if in_rows(h):
             qkv = pointwise(h, self.qkv.weight, self.qkv.bias).flatten(2)
             h = attend_channels(qkv, self.heads, self.training).unflatten(2, x.shape[2:])
             return _residual(x, pointwise(h, self.out.weight, self.out.bias), self.out_scale)
         h = self.out(attend_tokens(self.qkv(h.flatten(2).transpose(1, 2)), self.heads, self.training))
         return _residual(x, h.transpose(1, 2).unflatten(2, x.shape[2:]), self.out_scale)
+
+    def _of_rows(self, x: Tensor, h: Tensor) -> Tensor:
+        """The same for images whose channels are last in memory: tokens as they are."""
+        qkv = self.qkv(h.permute(0, 2, 3, 1).flatten(1, 2))
+        if is_narrow(qkv, self.heads):
+            h = narrow_attention(qkv, self.heads)
+        else:
+            h = attend_channels(qkv.transpose(1, 2), self.heads, self.training).transpose(1, 2)
+        return _residual(x, self.out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), self.out_scale)
 
 
 def in_rows(x: Tensor) -> bool:
@@ -189,9 +231,13 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     gradients, one per image, outweigh it.
     """
     weight = weight.flatten(1)
+    if fused(x):
+        return F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     if not in_rows(x) or bias is None:
         return F.conv2d(x, weight.unflatten(1, (-1, 1, 1)), bias)
     batch, _, height, width = x.shape
+    # Converted before they are expanded: autocast would do it for each image.
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
     shift = bias[:, None].expand(batch, -1, 1)
     return torch.baddbmm(shift, weight.expand(batch, -1, -1), x.flatten(2)).unflatten(2, (height, width))
 
@@ -384,6 +430,8 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
+    if is_channels_last(x):  # in the order of the memory
+        return dropout(x.permute(0, 2, 3, 1), probability, training).permute(0, 3, 1, 2)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(probability * 2**15) - 2**14  # of the numbers -2^14 to 2^14 - 1, those below this
     bits = bits[: x.numel()].__irshift__(1)

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sde_diffusion.networks.blocks import ResBlock, SelfAttention, checkpointed, group_norm, zero_init
+from sde_diffusion.networks.blocks import (
+    ResBlock,
+    SelfAttention,
+    checkpointed,
+    group_norm,
+    normalized,
+    zero_init,
+)
+from sde_diffusion.networks.channels_last import fastest_layout
 from sde_diffusion.networks.checks import check_input, positive_int
 from sde_diffusion.networks.convolution import Conv3x3
 from sde_diffusion.networks.embeddings import ConditionEmbedding, Modulations
@@ -159,7 +166,7 @@ class LevelUNet(nn.Module):
     def through_levels(self, x: Tensor, embedding: Tensor) -> Tensor:
         """All layers, for the input features x (B, in_channels, H, W) and condition vectors (B, channels)."""
         modulations = iter(self.modulations(embedding))
-        h = self.stem(x)
+        h = fastest_layout(self.stem(x))
         skips = [h]
         for level, stages in enumerate(self.encoder):
             for stage in stages:  # type: ignore[attr-defined]
@@ -177,7 +184,7 @@ class LevelUNet(nn.Module):
                 )
             if level < len(self.upsamplers):
                 h = self._resample(self.upsamplers[level], h, modulations)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(normalized(self.norm_out, h, silu=True)).contiguous()
 
     def _resample(self, module: nn.Module, h: Tensor, modulations: Iterator[Tensor]) -> Tensor:
         if isinstance(module, ResBlock):

@@ -27,6 +27,7 @@ from sde_diffusion.networks.blocks import (
     StridedUpsample,
     checkpointed,
 )
+from sde_diffusion.networks.channels_last import fastest_layout
 from sde_diffusion.networks.checks import check_input, constructor_arguments, positive_int
 from sde_diffusion.networks.embeddings import (
     ConditionEmbedding,
@@ -287,7 +288,7 @@ class NCSNpp(nn.Module):
         """All layers, for x (B, in_channels, H, W) in [-1, 1] and condition vectors (B, channels)."""
         modulations = iter(self.modulations(embedding))
         side = x
-        h = self.stem(side)
+        h = fastest_layout(self.stem(side))
         skips = [h]
         for level in self.encoder:
             for stage in level.stages:  # type: ignore[union-attr]
@@ -307,7 +308,7 @@ class NCSNpp(nn.Module):
                 h, side = level.head(h, side)  # type: ignore[operator]
             if level.resample is not None:
                 h = self._run(level.resample, h, modulations)  # type: ignore[arg-type]
-        return side if self.head is None else self.head(h)
+        return (side if self.head is None else self.head(h)).contiguous()
 
     def _sigma(self, c: Tensor) -> Tensor:
         if self.sigma_ladder is None:

@@ -10,9 +10,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sde_diffusion.networks.blocks import group_norm, zero_init
+from sde_diffusion.networks.blocks import group_norm, normalized, zero_init
 
 
 class InputSkip(nn.Module):
@@ -88,7 +87,7 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (B, channels, H, W) -> (B, out_channels, H, W)."""
-        return self.conv(F.silu(self.norm(h)))
+        return self.conv(normalized(self.norm, h, silu=True))
 
 
 class OutputSkip(nn.Module):

@@ -1,0 +1,138 @@
+"""Muon: momentum whose matrices are made orthogonal, for the weights of layers; Adam for what is no such matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sde_diffusion.devices import choose_precision
+
+__all__ = ["Muon", "Together", "layer_matrices", "orthogonalized"]
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+_LEAST_SIDE = 16  # a thinner matrix has few directions to balance
+
+
+def orthogonalized(matrix: Tensor) -> Tensor:
+    """About ``U V^T`` for ``matrix = U S V^T`` (R, C): singular values of about 0.7 to 1.2 in place of S.
+
+    Five Newton-Schulz steps ``X <- a X + b (X X^T) X + c (X X^T)^2 X``, from ``X / |X|``, with the coefficients of
+    Jordan et al. (2024, "Muon"). In bfloat16 where the device computes in it.
+    """
+    a, b, c = _COEFFICIENTS
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = (matrix.T if tall else matrix).to(choose_precision("auto", matrix.device))
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.T if tall else x).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """``w <- (1 - lr decay) w - 0.2 sqrt(max(R, C)) lr orthogonalized(g + mu m)``, ``m <- mu m + g``.
+
+    (Jordan et al. 2024; the factor, which gives steps the size of Adam's so that learning rates mean the same, is
+    that of Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.) A convolution's weights are the matrix of
+    its outputs by all their inputs.
+
+    Args:
+        parameters: of two dimensions or more.
+        lr: learning rate.
+        momentum: mu, in [0, 1).
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: float = 1e-3,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        flat = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.ndim < 2]
+        if flat:
+            raise ValueError(f"Muon is for matrices, got a parameter of shape {flat[0]}")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """One step; a parameter without a gradient stays."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            rate, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state, gradient = self.state[parameter], parameter.grad
+                if not state:
+                    state["momentum"] = torch.zeros_like(gradient)
+                state["momentum"].mul_(momentum).add_(gradient)
+                matrix = gradient.add(state["momentum"], alpha=momentum).flatten(1)
+                scale = 0.2 * math.sqrt(max(matrix.shape))
+                if group["weight_decay"]:
+                    parameter.mul_(1 - rate * group["weight_decay"])
+                parameter.add_(orthogonalized(matrix).view(parameter.shape), alpha=-rate * scale)
+        return loss
+
+
+class Together:
+    """Several optimizers as one, each of its own parameters.
+
+    Attributes:
+        param_groups: of all.
+    """
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return list(chain.from_iterable(optimizer.param_groups for optimizer in self.optimizers))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def step(self) -> None:
+        """One step of each."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all, in order."""
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from :meth:`state_dict`.
+
+        Raises:
+            ValueError: a state of other optimizers.
+        """
+        states = state.get("optimizers", [])
+        if len(states) != len(self.optimizers):
+            raise ValueError(f"the state is that of {len(states)} optimizers, not of {len(self.optimizers)}")
+        for optimizer, part in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(part)
+
+
+def layer_matrices(model: nn.Module) -> list[Tensor]:
+    """The trained weights of linear layers and convolutions with at least 16 outputs and 16 inputs each."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = [module.weight for module in model.modules() if isinstance(module, layers)]
+    return [
+        weight
+        for weight in dict.fromkeys(weights)
+        if weight.requires_grad and min(weight.shape[0], weight[0].numel()) >= _LEAST_SIDE
+    ]

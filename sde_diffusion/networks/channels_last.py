@@ -1,0 +1,167 @@
+"""GroupNorm, modulation and SiLU at once, for images whose channels come last in memory.
+
+On CPUs with matrix units (AMX) convolutions in bfloat16 are about twice as fast in that layout, but torch's GroupNorm
+is many times slower there than in the usual one (torch 2.13). ``norm_silu.c`` has one that is faster than either.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sde_diffusion.native import load_native
+
+_SOURCE = Path(__file__).with_name("norm_silu.c")
+
+
+@lru_cache
+def _library() -> ctypes.CDLL | None:
+    library = load_native(_SOURCE)
+    if library is not None:
+        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.norm_silu.argtypes = [*[pointer] * 7, *[size] * 4, ctypes.c_double, flag, flag]
+        library.norm_silu_backward.argtypes = [*[pointer] * 9, *[size] * 4, flag]
+    return library
+
+
+@lru_cache
+def available() -> bool:
+    """Whether this computer gains from the layout and can compile what that takes (which is tried, once)."""
+    # torch has no public question for the first; without the private one the answer is no, which is only slower.
+    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()) and _library() is not None
+
+
+def transformed() -> bool:
+    """Whether a transform of ``torch.func``, a batched derivative or forward-mode differentiation is at work."""
+    # torch's own question for its autograd functions; without it the answer is yes, which is only slower.
+    active = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
+    return active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether the channels of x (B, C, H, W) are last in memory, and could be elsewhere."""
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def gains(x: Tensor) -> bool:
+    """Whether x (B, C, H, W) is better off with its channels last: on such a CPU, in bfloat16, with no transform of
+    ``torch.func``, forward-mode derivative or compiler at work."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not x.numel():
+        return False
+    return not (torch.compiler.is_compiling() or transformed()) and available()
+
+
+def fastest_layout(x: Tensor) -> Tensor:
+    """x (B, C, H, W) with its channels last in memory if it :func:`gains` by that, else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if gains(x) else x
+
+
+def fused(x: Tensor) -> bool:
+    """Whether :func:`norm_silu` is for x: it has its channels last, and :func:`gains` by it."""
+    return is_channels_last(x) and gains(x)
+
+
+def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """``f(weight GroupNorm(x) + bias)``, computed in float32, f being SiLU or nothing.
+
+    Args:
+        x: (B, C, H, W), for which :func:`fused` holds.
+        weight, bias: float32, (B, C): per image, or (1, C).
+        groups, eps: of GroupNorm (Wu & He 2018).
+        silu: whether to apply SiLU.
+
+    Returns:
+        (B, C, H, W) in the layout and type of x. It has all derivatives in reverse mode.
+    """
+    weight, bias = (part.expand(x.shape[:2]).contiguous() for part in (weight, bias))
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias)):
+        return _NormSiLU.apply(x, weight, bias, groups, eps, silu)
+    return _forward(x, weight, bias, groups, eps, silu, keep=False)[0]
+
+
+class _NormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+    ) -> Tensor:
+        out, saved = _forward(x, weight, bias, groups, eps, silu, keep=True)
+        ctx.save_for_backward(x, weight, bias, *saved)
+        ctx.settings = groups, eps, silu
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, slope, mean, rate = ctx.saved_tensors
+        if torch.is_grad_enabled() or not in_memory(grad):
+            found = differentiated(
+                lambda *inputs: written_out(*inputs, *ctx.settings), (x, weight, bias), grad
+            )
+            return (*found, None, None, None)
+        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        images, channels, height, width = x.shape
+        failed = _library().norm_silu_backward(  # type: ignore[union-attr]
+            *pointers(grad, slope, x, weight, mean, rate, of_x, of_weight, of_bias),
+            images, height * width, channels, ctx.settings[0], torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the derivative of a GroupNorm")
+        return of_x, of_weight, of_bias, None, None, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, *, keep: bool
+) -> tuple[Tensor, tuple[Tensor | None, Tensor, Tensor]]:
+    """The result, and what its derivative needs: the slope of SiLU, mean and 1 / deviation per channel (B, C)."""
+    out, slope = torch.empty_like(x), torch.empty_like(x) if silu and keep else None
+    mean, rate = torch.empty_like(weight), torch.empty_like(weight)
+    images, channels, height, width = x.shape
+    failed = _library().norm_silu(  # type: ignore[union-attr]
+        *pointers(x, weight, bias, out, slope, mean, rate),
+        images, height * width, channels, groups, eps, silu, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for a GroupNorm")
+    return out, (slope, mean, rate)
+
+
+def differentiated(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
+    """The derivatives of ``function(*inputs)`` by those inputs that need one, for a backward pass that is
+    differentiated itself or batched."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Without a second derivative in sight the graph must not reach what made the inputs.
+        inputs = inputs if again else [part.detach().requires_grad_(part.requires_grad) for part in inputs]
+        out = function(*inputs)
+    wanted = [part for part in inputs if part.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again, materialize_grads=True))
+    return [next(found) if part.requires_grad else None for part in inputs]
+
+
+def in_memory(x: Tensor) -> bool:
+    """Whether x has values of its own to read, and does not stand for a batch of tensors under a transform."""
+    try:
+        return not transformed() and x.data_ptr() is not None
+    except RuntimeError:
+        return False
+
+
+def pointers(*tensors: Tensor | None) -> list[int | None]:
+    """Where the tensors are in memory, for C."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def written_out(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    """:func:`norm_silu` by torch's operations."""
+    weight, bias = weight[:, :, None, None], bias[:, :, None, None]
+    y = torch.addcmul(bias, F.group_norm(x.float().contiguous(), groups, eps=eps), weight)
+    return (F.silu(y) if silu else y).to(x.dtype)
