@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def main() -> None:
     if file.is_file():
         lines = file.read_text(encoding="utf-8").split("\n")
         if lines[0] == json.dumps(settings):
-            kept = [json.loads(line) for line in lines[1:-1]]
+            kept = whole_blocks([json.loads(line) for line in lines[1:-1]], total)
     file.write_text("".join(json.dumps(line) + "\n" for line in [settings, *kept]), encoding="utf-8")
     done = {(kind, index) for kind, index, *_ in kept}
     blocks = [list(range(i, min(i + BLOCK, total))) for i in range(0, total, BLOCK)]
@@ -101,6 +102,14 @@ def main() -> None:
                 out.flush()
                 kept += rows
     report(kept, total)
+
+
+def whole_blocks(rows: list[Any], total: int) -> list[Any]:
+    """The results but those of blocks that were not written to their end."""
+    count = Counter((kind, index // BLOCK) for kind, index, *_ in rows)
+    return [
+        row for row in rows if count[row[0], row[1] // BLOCK] == min(BLOCK, total - row[1] // BLOCK * BLOCK)
+    ]
 
 
 def report(rows: list[Any], total: int) -> None:

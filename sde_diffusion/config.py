@@ -171,7 +171,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             "auto", "of the network: float32, bfloat16, or auto: bfloat16 where the device has it"
         ),
         "compile": Key(False, "compile the network"),
-        "channels_last": Key(None, "memory format of images; none: on GPUs", bool),
+        "channels_last": Key(None, "memory format of images and weights; none: where it is faster", bool),
         "log_every": Key(50, "steps between lines of the log"),
         "eval_every": Key(250, "steps between held-out losses; 0: at the end"),
         "eval_size": Key(None, "samples in a held-out loss; none: all", int),

@@ -255,10 +255,10 @@ def test_channels_last_gives_the_same_output_and_stays_channels_last() -> None:
     x, c = inputs(3, 2, 8, 8)
     out = net(x, c)
     other = copy.deepcopy(net).to(memory_format=torch.channels_last)
-    stem: list[Tensor] = []
-    other.norm_out.register_forward_hook(lambda module, args, out: stem.append(args[0]))
+    last: list[Tensor] = []
+    other.decoder[-1][-1].register_forward_hook(lambda module, args, out: last.append(out))
     torch.testing.assert_close(other(x.to(memory_format=torch.channels_last), c), out, rtol=1e-4, atol=1e-5)
-    assert stem[0].is_contiguous(memory_format=torch.channels_last)
+    assert last[0].is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -241,8 +241,10 @@ def run(command: list[object], folder: Path, site: Path | None = None) -> str:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(installed):
-    modules = {path.relative_to(ROOT) for path in (ROOT / "sde_diffusion").rglob("*.py")}
-    assert {path.relative_to(installed) for path in (installed / "sde_diffusion").rglob("*.py")} == modules
+    for pattern in ("*.py", "*.c"):
+        files = {path.relative_to(ROOT) for path in (ROOT / "sde_diffusion").rglob(pattern)}
+        assert files
+        assert {path.relative_to(installed) for path in (installed / "sde_diffusion").rglob(pattern)} == files
     others = {path.name for path in installed.iterdir()} - {"sde_diffusion", "bin", "__pycache__"}
     assert others == {"sde_diffusion-0.1.0.dist-info"}
     assert list(installed.glob("*.dist-info/**/LICENSE"))

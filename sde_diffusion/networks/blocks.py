@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sde_diffusion.networks.attention import attend_channels, attend_tokens
-from sde_diffusion.networks.channels_last import fused, is_channels_last, norm_silu
+from sde_diffusion.networks.channels_last import fused, is_channels_last, norm_silu, transformed
 from sde_diffusion.networks.checks import positive_int, probability
 from sde_diffusion.networks.convolution import Conv3x3
 from sde_diffusion.networks.narrow_attention import is_narrow, narrow_attention
@@ -138,7 +138,8 @@ def normalized(
             factor = 1 + scale.float()
             weight, bias = weight * factor, torch.addcmul(shift.float(), bias, factor)
         return norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu)
-    if x.device.type == "cpu" and is_channels_last(x):  # torch's GroupNorm is many times slower so
+    # With channels last torch's GroupNorm is many times slower on CPUs, and has no forward-mode derivative at all.
+    if x.device.type == "cpu" or transformed():
         x = x.contiguous()
     h = norm(x) if scale is None or shift is None else modulated_norm(norm, x, scale, shift)
     return F.silu(h) if silu else h

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sde_diffusion.native import load_native
+from sde_diffusion.networks.native import load_native
 
 _SOURCE = Path(__file__).with_name("norm_silu.c")
 
@@ -46,8 +46,11 @@ def transformed() -> bool:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the channels of x (B, C, H, W) are last in memory, and could be elsewhere."""
-    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """Whether the channels of x (B, C, H, W) are last in memory, and could be elsewhere; False for what stands for a
+    batch of images under a transform."""
+    if x.ndim != 4 or x.is_contiguous() or transformed():
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last)
 
 
 def gains(x: Tensor) -> bool:

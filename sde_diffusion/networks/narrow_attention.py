@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sde_diffusion.native import load_native
 from sde_diffusion.networks.attention import plain_attention
 from sde_diffusion.networks.channels_last import differentiated, in_memory, pointers, transformed
+from sde_diffusion.networks.native import load_native
 
 WIDTH = 8
 _SOURCE = Path(__file__).with_suffix(".c")

@@ -1,0 +1,283 @@
+"""GroupNorm with SiLU and narrow attention in C against the formulas in float64, and networks that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sde_diffusion.networks import UNet, channels_last, narrow_attention
+from sde_diffusion.networks.blocks import SelfAttention, dropout, normalized
+from sde_diffusion.networks.channels_last import fastest_layout, is_channels_last, norm_silu
+from sde_diffusion.networks.ncsnpp import NCSNpp
+from sde_diffusion.networks.unet2d import UNet2D
+
+pytestmark = pytest.mark.skipif(
+    channels_last._library() is None or narrow_attention._library() is None, reason="no C compiler here"
+)
+ROUNDING = 2.0**-8  # of bfloat16: half a unit in the last place, and as much for one step within
+
+
+@pytest.fixture
+def gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor that gains, whichever this one is."""
+    monkeypatch.setattr(channels_last, "available", lambda: True)
+
+
+def randomised(net: nn.Module) -> nn.Module:
+    """With nothing left at zero."""
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return net
+
+
+def images(*shape: int, seed: int = 0, mean: float = 0.5) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) + mean
+    return x.bfloat16().contiguous(memory_format=torch.channels_last)
+
+
+def affine(batch: int, channels: int) -> tuple[Tensor, Tensor]:
+    weight, bias = torch.randn(2, batch, channels, generator=torch.Generator().manual_seed(1)).unbind(0)
+    return weight, bias
+
+
+def formula(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    y = F.group_norm(x, groups, eps=eps) * weight[:, :, None, None] + bias[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float(((found.double() - wanted).norm() / wanted.norm()).detach())
+
+
+def exact(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.detach().double().contiguous().requires_grad_() for tensor in tensors]
+
+
+def derivatives(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], cotangent: Tensor
+) -> tuple[Tensor, ...]:
+    out = function(*inputs)
+    return out, *torch.autograd.grad(out, inputs, cotangent.to(out.dtype))
+
+
+# Channels that fill blocks of 32, of 16, neither; more pixels than one portion of a sum, fewer.
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize(
+    ("shape", "groups"),
+    [((3, 64, 16, 12), 16), ((2, 48, 5, 7), 12), ((2, 20, 3, 50), 5), ((1, 7, 4, 4), 1), ((4, 96, 2, 1), 96)],
+)
+def test_values_and_gradients_are_those_of_the_formula(
+    gains: None, shape: tuple[int, ...], groups: int, silu: bool
+) -> None:
+    inputs = [part.requires_grad_() for part in (images(*shape), *affine(*shape[:2]))]
+    cotangent = images(*shape, seed=2, mean=0.0)
+    found = derivatives(lambda *parts: norm_silu(*parts, groups, 1e-5, silu), inputs, cotangent)
+    wanted = derivatives(lambda *parts: formula(*parts, groups, 1e-5, silu), exact(*inputs), cotangent)
+    assert is_channels_last(found[0]) and found[0].dtype == found[1].dtype == torch.bfloat16
+    assert found[2].dtype == found[3].dtype == torch.float32
+    values = wanted[0].detach()
+    assert ((found[0] - values).abs() <= ROUNDING * values.abs() + 1e-5).all()
+    for a, b in zip(found[1:], wanted[1:], strict=True):
+        assert relative(a, b) < ROUNDING
+
+
+def test_a_large_mean_costs_nothing_but_the_rounding_of_the_input(gains: None) -> None:
+    x = images(2, 32, 20, 20, mean=100.0)
+    found = norm_silu(x, *affine(2, 32), 8, 1e-5, True)
+    wanted = formula(x.double(), *(part.double() for part in affine(2, 32)), 8, 1e-5, True)
+    assert ((found - wanted).abs() <= ROUNDING * wanted.abs() + 1e-3).all()
+
+
+def test_an_image_does_not_depend_on_its_batch_or_on_threads(gains: None) -> None:
+    x, (weight, bias) = images(5, 40, 9, 9), affine(5, 40)
+    together = norm_silu(x, weight, bias, 10, 1e-5, True)
+    alone = [norm_silu(x[i : i + 1], weight[i : i + 1], bias[i : i + 1], 10, 1e-5, True) for i in range(5)]
+    assert torch.equal(together, torch.cat(alone))
+    qkv = torch.randn(3, 30, 3 * 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    attended = narrow_attention.narrow_attention(qkv, 2)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1 if threads > 1 else 2)
+        assert torch.equal(norm_silu(x, weight, bias, 10, 1e-5, True), together)
+        assert torch.equal(narrow_attention.narrow_attention(qkv, 2), attended)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_what_is_not_finite_stays_so_and_stays_in_its_image(gains: None) -> None:
+    x = images(3, 16, 4, 4)
+    x[1, 3, 2, 2] = torch.nan
+    out = norm_silu(x, *affine(3, 16), 4, 1e-5, True)
+    # Only the channel's group of four is normalised with it.
+    assert out[1, :4].isnan().all() and out[1, 4:].isfinite().all() and out[[0, 2]].isfinite().all()
+    qkv = torch.randn(2, 20, 3 * 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    qkv[0, 5, 2] = torch.nan
+    attended = narrow_attention.narrow_attention(qkv, 1)
+    assert attended[0, 5].isnan().all() and attended[1].isfinite().all()
+
+
+def test_second_and_batched_derivatives(gains: None) -> None:
+    inputs = [part.requires_grad_() for part in (images(2, 24, 6, 5), *affine(2, 24))]
+    qkv = torch.randn(2, 19, 3 * 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+
+    def both(x: Tensor, weight: Tensor, bias: Tensor, qkv: Tensor) -> Tensor:
+        normed = norm_silu(x, weight, bias, 6, 1e-5, True)
+        return torch.cat([normed.flatten(), narrow_attention.narrow_attention(qkv, 2).flatten()])
+
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, qkv: Tensor) -> Tensor:
+        attended = narrow_attention.written_out(qkv, 2)
+        return torch.cat([formula(x, weight, bias, 6, 1e-5, True).flatten(), attended.flatten()])
+
+    leaves = [*inputs, qkv]
+    truths = exact(*leaves)
+    cotangents = torch.randn(3, both(*leaves).numel(), generator=torch.Generator().manual_seed(1))
+    for function, parts, into in ((both, leaves, []), (plain, truths, wanted := [])):
+        out = function(*parts)
+        batched = torch.autograd.grad(
+            out, parts, cotangents.to(out.dtype), is_grads_batched=True, retain_graph=True
+        )
+        first = torch.autograd.grad(out, parts, cotangents[0].to(out.dtype), create_graph=True)
+        total = sum(part.double().square().sum() for part in first)
+        into += [*batched, *first, *torch.autograd.grad(total, parts)]
+        if function is both:
+            found = into
+    for a, b in zip(found, wanted, strict=True):
+        assert relative(a.detach(), b.detach()) < 0.02
+
+
+@pytest.mark.parametrize(
+    "scale", [1.0, 12.0, 300.0]
+)  # the latter two with logits whose exponentials overflow
+@pytest.mark.parametrize(("batch", "tokens", "heads"), [(2, 64, 3), (1, 37, 2), (3, 5, 1)])
+def test_narrow_attention_is_the_formula(scale: float, batch: int, tokens: int, heads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, tokens, 24 * heads, generator=generator)
+    qkv[..., : 16 * heads] *= scale**0.5
+    qkv = qkv.bfloat16().requires_grad_()
+    cotangent = torch.randn(batch, tokens, 8 * heads, generator=generator).bfloat16()
+    assert narrow_attention.is_narrow(qkv, heads) and not narrow_attention.is_narrow(qkv, 2 * heads)
+    found = derivatives(lambda x: narrow_attention.narrow_attention(x, heads), [qkv], cotangent)
+
+    def wanted(x: Tensor) -> Tensor:
+        q, k, v = x.unflatten(2, (3, heads, 8)).permute(2, 0, 3, 1, 4).unbind(0)
+        return ((q @ k.mT / 8**0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    truth = derivatives(wanted, exact(qkv), cotangent)
+    assert relative(found[0], truth[0]) < ROUNDING
+    # The result is rounded before its derivative uses it.
+    assert relative(found[1], truth[1]) < (3 if scale == 1.0 else 8) * ROUNDING
+    with torch.no_grad():
+        assert torch.equal(narrow_attention.narrow_attention(qkv, heads), found[0])
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "unet": lambda: UNet(1, channels=16, heads=2, dropout=0.0, skip_rescale=True),
+    "unet, shift, resampled": lambda: UNet(
+        1, channels=16, time_injection="shift", resampling="resampled", attention_levels=(0,)
+    ),
+    "unet2d": lambda: UNet2D(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+    ),
+    "ncsnpp": lambda: NCSNpp(
+        1, channels=16, channel_multipliers=(1, 2), blocks_per_level=1, attention_levels=(1,), dropout=0.0
+    ),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_compute_the_same_in_either_layout(
+    monkeypatch: pytest.MonkeyPatch, name: str, training: bool
+) -> None:
+    torch.manual_seed(0)
+    net = randomised(NETWORKS[name]()).train(training)
+    x, c, cotangent = torch.randn(3, 1, 8, 8), torch.rand(3), torch.randn(3, 1, 8, 8)
+    seen = []
+    for block in net.modules():
+        if isinstance(block, SelfAttention):
+            block.register_forward_hook(lambda module, inputs, out: seen.append(is_channels_last(out)))
+    results = []
+    for last in (True, False):
+        monkeypatch.setattr(channels_last, "available", lambda last=last: last)
+        seen.clear()
+        x_in = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = net(x_in, c)
+        assert seen and all(found is last for found in seen)
+        assert out.is_contiguous() and out.dtype == torch.float32
+        leaves = [x_in, *(p for p in net.parameters() if p.requires_grad)]
+        gradients = torch.autograd.grad(out, leaves, cotangent, allow_unused=True)
+        results.append([out.detach().flatten(), *(g.flatten() for g in gradients if g is not None)])
+    exact_net = net.double()
+    x_in = x.double().requires_grad_()
+    leaves = [x_in, *(p for p in exact_net.parameters() if p.requires_grad)]
+    out = exact_net(x_in, c.double())
+    gradients = torch.autograd.grad(out, leaves, cotangent.double(), allow_unused=True)
+    truth = [out.detach().flatten(), *(g.flatten() for g in gradients if g is not None)]
+    # As far from the truth as the usual layout is: the result, its gradient by the image, those by the weights.
+    parts = slice(1), slice(1, 2), slice(2, None)
+    here, there = (
+        [relative(torch.cat(result[part]), torch.cat(truth[part])) for part in parts] for result in results
+    )
+    for a, b in zip(here, there, strict=True):
+        assert a < 1.5 * b + 1e-3 and a < 0.05
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_in_evaluation_have_batched_and_second_derivatives(gains: None, name: str) -> None:
+    torch.manual_seed(0)
+    net = randomised(NETWORKS[name]()).eval()
+    x, c = torch.randn(2, 1, 8, 8).requires_grad_(), torch.rand(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(x, c)
+    cotangents = torch.randn(3, *out.shape)
+    (batched,) = torch.autograd.grad(out, x, cotangents, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(out, x, part, create_graph=True)[0] for part in cotangents]
+    assert relative(batched, torch.stack(singly).detach()) < 0.05
+    (second,) = torch.autograd.grad(singly[0].square().sum(), x)
+    with torch.enable_grad():
+        exact_x = x.detach().double().requires_grad_()
+        (first,) = torch.autograd.grad(
+            net.double()(exact_x, c.double()), exact_x, cotangents[0].double(), create_graph=True
+        )
+        (wanted,) = torch.autograd.grad(first.square().sum(), exact_x)
+    assert relative(second, wanted) < 0.1
+
+
+def test_other_types_and_transforms_stay_in_the_usual_layout(gains: None) -> None:
+    x = torch.randn(2, 8, 4, 4)
+    assert is_channels_last(fastest_layout(x.bfloat16()))
+    assert not is_channels_last(fastest_layout(x)) and fastest_layout(x) is x
+    inside = []
+    torch.func.vmap(lambda part: inside.append(is_channels_last(fastest_layout(part[None]))) or part)(
+        x.bfloat16()
+    )
+    assert inside == [False]
+    # Given all the same, they are normalised by torch.
+    norm = nn.GroupNorm(2, 8)
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(normalized(norm, last, silu=True), F.silu(norm(x)))
+    tangent = torch.randn_like(x)
+    forward = torch.func.jvp(lambda part: normalized(norm, part, silu=True), (last,), (tangent,))[1]
+    torch.testing.assert_close(forward, torch.func.jvp(lambda part: F.silu(norm(part)), (x,), (tangent,))[1])
+
+
+def test_dropout_keeps_the_layout_and_its_rate() -> None:
+    x = torch.ones(16, 32, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    out = dropout(x, 0.25, True)
+    assert is_channels_last(out)
+    kept = out != 0
+    assert abs(kept.float().mean() - 0.75) < 4 * (0.25 * 0.75 / x.numel()) ** 0.5
+    assert (out[kept] - 1 / 0.75).abs().max() < 0.01

@@ -1,0 +1,76 @@
+"""C functions compiled here: kept, shared, and not needed."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sde_diffusion.networks import native
+from sde_diffusion.networks.native import load_native
+
+needs_compiler = pytest.mark.skipif(native._compiler() is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of its own, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = tmp_path / "twice.c"
+    path.write_text("double twice(double x) { return 2.0 * x; }\n")
+    return path
+
+
+def twice(library: ctypes.CDLL | None) -> float:
+    assert library is not None
+    library.twice.restype, library.twice.argtypes = ctypes.c_double, [ctypes.c_double]
+    return library.twice(21.0)
+
+
+@needs_compiler
+def test_compiled_once_for_each_source(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert twice(load_native.__wrapped__(source)) == 42.0
+    (kept,) = native.cache_folder().iterdir()
+    assert kept.suffix == ".so" and native.cache_folder().stat().st_mode & 0o77 == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "_compile", lambda *_: pytest.fail("compiled again"))
+        assert twice(load_native.__wrapped__(source)) == 42.0
+    source.write_text(source.read_text().replace("2.0 *", "3.0 *"))
+    assert twice(load_native.__wrapped__(source)) == 63.0
+    assert len(list(native.cache_folder().iterdir())) == 2
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_is_named_and_leaves_nothing(source: Path) -> None:
+    source.write_text("double twice(double x) { return 2.0 * y; }\n")
+    with pytest.warns(UserWarning, match=r"twice\.c is not used, computing is slower without: .*twice\.c"):
+        assert load_native.__wrapped__(source) is None
+    assert not list(native.cache_folder().iterdir())
+
+
+def test_without_a_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="there is no C compiler"):
+        assert load_native.__wrapped__(source) is None
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert twice(load_native.__wrapped__(source)) == 42.0
+
+
+@needs_compiler
+def test_the_compiler_that_the_user_names(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -O3")
+    with pytest.warns(UserWarning, match="there is no C compiler"):
+        assert load_native.__wrapped__(source) is None
+    monkeypatch.setenv(
+        "CC", f"{shutil.which('cc') or shutil.which('gcc') or shutil.which('clang')} -Dtwice=twice"
+    )
+    assert twice(load_native.__wrapped__(source)) == 42.0
