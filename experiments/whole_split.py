@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import sde_diffusion as sd
+from sde_diffusion.allocator import keep_freed_memory
 from sde_diffusion.checkpoint import weights_hash
 from sde_diffusion.data import to_model
 from sde_diffusion.devices import choose_precision
@@ -37,6 +38,7 @@ _run: Any = None
 def begin(folder: str) -> None:
     """Loads the run of a process."""
     global _run
+    keep_freed_memory()
     _run = sd.load(folder, device="cpu")
 
 

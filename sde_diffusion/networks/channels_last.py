@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sde_diffusion.networks.native import load_native
@@ -64,6 +64,16 @@ def gains(x: Tensor) -> bool:
 def fastest_layout(x: Tensor) -> Tensor:
     """x (B, C, H, W) with its channels last in memory if it :func:`gains` by that, else as it is."""
     return x.contiguous(memory_format=torch.channels_last) if gains(x) else x
+
+
+def usual_layout(x: Tensor, last: nn.Module) -> Tensor:
+    """``last(x)`` with its channels before the pixels in memory, by changing the smaller of input and result."""
+    assert isinstance(last, nn.Conv2d)
+    if last.in_channels >= last.out_channels or not is_channels_last(x):
+        out: Tensor = last(x)
+        return out.contiguous()
+    # A weight in the other layout would bring the result into it.
+    return F.conv2d(x.contiguous(), last.weight.contiguous(), last.bias, padding=last.kernel_size[0] // 2)
 
 
 def fused(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from sde_diffusion.networks.blocks import (
     normalized,
     zero_init,
 )
-from sde_diffusion.networks.channels_last import fastest_layout
+from sde_diffusion.networks.channels_last import fastest_layout, usual_layout
 from sde_diffusion.networks.checks import check_input, positive_int
 from sde_diffusion.networks.convolution import Conv3x3
 from sde_diffusion.networks.embeddings import ConditionEmbedding, Modulations
@@ -184,7 +184,7 @@ class LevelUNet(nn.Module):
                 )
             if level < len(self.upsamplers):
                 h = self._resample(self.upsamplers[level], h, modulations)
-        return self.conv_out(normalized(self.norm_out, h, silu=True)).contiguous()
+        return usual_layout(normalized(self.norm_out, h, silu=True), self.conv_out)
 
     def _resample(self, module: nn.Module, h: Tensor, modulations: Iterator[Tensor]) -> Tensor:
         if isinstance(module, ResBlock):
