@@ -22,6 +22,7 @@ from sde_diffusion.checkpoint import CheckpointError, read_checkpoint
 from sde_diffusion.data import Augmentation, Batches, DataSet, to_model
 from sde_diffusion.ema import EMA, ema_decay
 from sde_diffusion.losses import AntitheticDraw, RandomDraw, SimpleWeighting, UniformTime
+from sde_diffusion.muon import layer_matrices
 from sde_diffusion.networks import MLP, UNet
 from sde_diffusion.objective import Objective
 from sde_diffusion.score import ScoreModel
@@ -209,6 +210,22 @@ def test_an_interrupted_run_continues_to_the_same_bits(tmp_path, uninterrupted, 
     a, b = scalars(tmp_path), scalars(uninterrupted)
     a.pop("train/samples_per_second"), b.pop("train/samples_per_second")
     assert a == b and [s for s, _ in a["train/loss"]] == [4, 8, 11]
+
+
+def test_muon_continues_to_the_same_bits(tmp_path):
+    def make(workdir):
+        return trainer(tmp_path / workdir, optimizer="muon", learning_rate=0.01, weight_decay=0.1)
+
+    assert len(layer_matrices(make("a").model)) > 1
+    make("a").run()
+    first = make("b")
+    at_call(first.model.net, 3 * 4 + 2, send)
+    with pytest.raises(TrainingInterrupted):
+        first.run()
+    make("b").run()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(CheckpointError, match="optimizer"):
+        trainer(tmp_path / "a", optimizer="adam", learning_rate=0.01, weight_decay=0.1).run()
 
 
 def test_a_killed_run_continues_from_its_last_checkpoint(tmp_path, uninterrupted):
