@@ -107,25 +107,20 @@ def expected_noise(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
     """The expected noise ``-E[u | y]`` of each pixel; see the module.
 
     Args:
-        logits: of the K levels, (B, *D, K). Of 16 bits they are widened a few samples at a time, and so is their
-            gradient made.
+        logits: of the K levels, (B, *D, K), float32 or float64.
         y: the noisy data in the data's own scale, (B, *D), float64.
         s: the standard deviation of the noise in it, (B,), float64.
 
     Returns:
-        (B, *D), in the type of the logits, but no lower than float32.
+        (B, *D), in the type of the logits.
     """
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if transformed or (torch.is_grad_enabled() and s.requires_grad):
-        return _by_width(_widened(logits), y, s)
+        return _by_width(logits, y, s)
     if not torch.is_grad_enabled():
         logits, y = logits.detach(), y.detach()
     with torch.autocast(y.device.type, enabled=False):
         return _ExpectedNoise.apply(logits, y, s)
-
-
-def _widened(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _by_width(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -194,13 +189,12 @@ class _ExpectedNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
         levels_first = logits.movedim(-1, 1)
-        kind = torch.promote_types(logits.dtype, torch.float32)
-        noise = torch.empty_like(y, dtype=kind, memory_format=torch.contiguous_format)
+        noise = torch.empty_like(y, dtype=logits.dtype, memory_format=torch.contiguous_format)
         wanted = any(ctx.needs_input_grad[:2])
         slopes = torch.empty_like(levels_first) if wanted else None
         in_y = torch.empty_like(noise) if wanted else None
         for rows, method in _groups(s, logits):
-            own = _widened(levels_first[rows].flatten(2))
+            own = levels_first[rows].flatten(2)
             value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], wanted)
             noise[rows] = value.to(noise.dtype).reshape(-1, *noise.shape[1:])
             if slopes is not None and in_y is not None:
@@ -215,9 +209,7 @@ class _ExpectedNoise(torch.autograd.Function):
         slopes, in_y, *inputs = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable(inputs, gradient, ctx.needs_input_grad)
-        of_logits = None
-        if ctx.needs_input_grad[0]:
-            of_logits = (slopes * gradient.to(slopes.dtype).unsqueeze(1)).movedim(1, -1)
+        of_logits = (slopes * gradient.unsqueeze(1)).movedim(1, -1) if ctx.needs_input_grad[0] else None
         return of_logits, (in_y * gradient).double() if ctx.needs_input_grad[1] else None, None
 
 
@@ -229,8 +221,7 @@ def _differentiable(
         raise RuntimeError("second derivatives of levels need a state that requires a gradient")
     logits, y, s = inputs
     wanted = [tensor for tensor, need in zip((logits, y), needed[:2], strict=True) if need]
-    value = _by_width(_widened(logits), y, s)
-    products = iter(torch.autograd.grad(value, wanted, gradient, create_graph=True))
+    products = iter(torch.autograd.grad(_by_width(logits, y, s), wanted, gradient, create_graph=True))
     of_logits, of_y = (next(products) if need else None for need in needed[:2])
     return of_logits, of_y, None
 

@@ -67,13 +67,10 @@ class QuantizedScoreModel(ScoreModel):
         """The expected noise ``E[eps | x_t = x]``, (B, C, *S)."""
         t = batched_time(t, x).double()
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        logits = self._network_output(x, t, alpha, sigma, cond)
-        kind = torch.promote_types(x.dtype, torch.float32)
-        if torch.finfo(logits.dtype).bits >= 32:
-            logits = logits.to(kind)
+        logits = self._output(x, t, alpha, sigma, cond)
         logits = logits.unflatten(1, (x.shape[1], self.levels)).movedim(2, -1)
         y = x.double()
-        return expected_noise(logits, y / expand(alpha, y), sigma / alpha).to(kind)
+        return expected_noise(logits, y / expand(alpha, y), sigma / alpha)
 
     def predict_data(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The denoised data ``E[x_0 | x_t = x]``, (B, C, *S)."""

@@ -146,13 +146,6 @@ class ScoreModel(nn.Module):
         return tuple(x.shape)
 
     def _output(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
-        """What the network predicts, in float32 or the type of x if that is higher."""
-        output = self._network_output(x, t, alpha, sigma, cond)
-        return output.to(torch.promote_types(x.dtype, torch.float32))
-
-    def _network_output(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Any]
-    ) -> Tensor:
         c_in = self.input_scaling.function(alpha, sigma, self.sigma_data)
         c = self.conditioning.function(self.sde, t).float()
         x_in = (expand(c_in, x) * x).float()
@@ -163,7 +156,7 @@ class ScoreModel(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} needs a network output of shape {self._expected(x)}, got {got}"
             )
-        return output
+        return output.to(torch.promote_types(x.dtype, torch.float32))
 
     def predict_noise(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The expected noise ``E[eps | x_t = x]``, (B, *D)."""

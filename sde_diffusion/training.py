@@ -29,6 +29,7 @@ from sde_diffusion.interrupts import StopSignals, TrainingInterrupted
 from sde_diffusion.monitor import Monitor, NoiseLevels, Window
 from sde_diffusion.networks import channels_last
 from sde_diffusion.objective import Objective
+from sde_diffusion.optimizers import follow_layout
 from sde_diffusion.training_settings import MAY_CHANGE, TrainingSettings, learning_rate_factor
 
 __all__ = [
@@ -383,6 +384,7 @@ class Trainer:
         load_weights(self.ema.module, state["ema"]["model"], path)
         self.ema.n_averaged.fill_(state["ema"]["updates"])
         self.optimizer.load_state_dict(state["optimizer"])
+        follow_layout(self.optimizer)
         self.batches.load_state_dict(state["batches"])
         self.window.load_state_dict(state["window"])
         self.objective.load_state_dict(state["objective"])

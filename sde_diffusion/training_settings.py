@@ -20,7 +20,7 @@ from sde_diffusion.losses import (
     TimeSampler,
     Weighting,
 )
-from sde_diffusion.muon import Muon, Together, layer_matrices
+from sde_diffusion.optimizers import Muon, Together, layer_matrices
 
 __all__ = [
     "MAY_CHANGE",
@@ -66,7 +66,7 @@ class TrainingSettings:
         learning_rate: peak learning rate.
         schedule: "constant", or "cosine": decay to 0 at the end of the run.
         warmup_steps: linear warm-up from 0.
-        optimizer: "adam", "adamw", or "muon" (see :mod:`sde_diffusion.muon`; learning rates of about 1e-2).
+        optimizer: "adam", "adamw", or "muon" (see :mod:`sde_diffusion.optimizers`; learning rates of about 1e-2).
         weight_decay: decoupled for adamw and for the matrices of muon, L2 for adam.
         beta1, beta2: of Adam, also that for what is no matrix beside muon.
         gradient_clip: largest gradient norm; None for no clipping.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from sde_diffusion.networks import UNet, channels_last, narrow_attention
@@ -15,9 +17,10 @@ from sde_diffusion.networks.channels_last import fastest_layout, is_channels_las
 from sde_diffusion.networks.ncsnpp import NCSNpp
 from sde_diffusion.networks.unet2d import UNet2D
 
-pytestmark = pytest.mark.skipif(
-    channels_last._library() is None or narrow_attention._library() is None, reason="no C compiler here"
-)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    HAVE_BOTH = channels_last._library() is not None and narrow_attention._library() is not None
+pytestmark = pytest.mark.skipif(not HAVE_BOTH, reason="no C compiler here, or they are turned off")
 ROUNDING = 2.0**-8  # of bfloat16: half a unit in the last place, and as much for one step within
 
 
@@ -271,6 +274,48 @@ def test_other_types_and_transforms_stay_in_the_usual_layout(gains: None) -> Non
     tangent = torch.randn_like(x)
     forward = torch.func.jvp(lambda part: normalized(norm, part, silu=True), (last,), (tangent,))[1]
     torch.testing.assert_close(forward, torch.func.jvp(lambda part: F.silu(norm(part)), (x,), (tangent,))[1])
+
+
+def test_traces_and_stand_ins_do_without(gains: None) -> None:
+    net = randomised(NETWORKS["unet2d"]()).eval()
+    x, c = torch.randn(2, 1, 8, 8), torch.rand(2)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(net, (x, c), check_trace=False)
+        assert relative(traced(x, c), net(x, c).double()) < 0.02
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert net(x, c).shape == x.shape
+
+
+def test_saved_tensors_may_come_back_in_another_layout(gains: None) -> None:
+    inputs = [part.requires_grad_() for part in (images(2, 32, 6, 6), *affine(2, 32))]
+    qkv = torch.randn(2, 20, 3 * 16, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+
+    def gradients() -> tuple[Tensor, ...]:
+        normed = norm_silu(*inputs, 8, 1e-5, True)
+        total = normed.float().sum() + narrow_attention.narrow_attention(qkv, 2).float().square().sum()
+        return torch.autograd.grad(total, [*inputs, qkv])
+
+    wanted = gradients()
+
+    def elsewhere(x: Tensor) -> Tensor:
+        return x.detach().transpose(0, -1).contiguous().transpose(0, -1)
+
+    with torch.autograd.graph.saved_tensors_hooks(elsewhere, lambda x: x):
+        found = gradients()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_a_last_layer_of_ones_own_and_hooks(gains: None) -> None:
+    net = UNet(1, out_channels=20, channels=16).eval()
+    x, c = torch.randn(2, 1, 8, 8), torch.rand(2)
+    calls = []
+    net.conv_out.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        randomised(net.conv_out)
+        expected = net(x, c)
+        net.conv_out = nn.Sequential(net.conv_out)
+        assert torch.equal(net(x, c), expected) and len(calls) == 2
 
 
 def test_dropout_keeps_the_layout_and_its_rate() -> None:

@@ -22,9 +22,9 @@ from sde_diffusion.checkpoint import CheckpointError, read_checkpoint
 from sde_diffusion.data import Augmentation, Batches, DataSet, to_model
 from sde_diffusion.ema import EMA, ema_decay
 from sde_diffusion.losses import AntitheticDraw, RandomDraw, SimpleWeighting, UniformTime
-from sde_diffusion.muon import layer_matrices
-from sde_diffusion.networks import MLP, UNet
+from sde_diffusion.networks import MLP, UNet, channels_last
 from sde_diffusion.objective import Objective
+from sde_diffusion.optimizers import layer_matrices
 from sde_diffusion.score import ScoreModel
 from sde_diffusion.sdes import VE, VP
 from sde_diffusion.training import Trainer, TrainingDiverged, TrainingInterrupted, TrainingSettings
@@ -305,6 +305,44 @@ def test_more_steps_go_on_from_the_end(tmp_path):
     a, b = final_state(tmp_path / "a"), final_state(tmp_path / "b")
     assert_equal(a["model"], b["model"])
     assert_equal(a["ema"], b["ema"])
+
+
+def test_a_run_on_images_in_bfloat16_resumes_in_either_layout(tmp_path, monkeypatch):
+    """To the same bits in the same layout of the weights, to rounding in the other."""
+
+    def make(workdir, last):
+        monkeypatch.setattr(channels_last, "available", lambda: last)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = UNet(1, channels=16, channel_multipliers=(1, 1), blocks_per_level=1)
+        numbers = {"steps": 8, "batch_size": 8, "checkpoint_every": 4, "precision": "bfloat16"}
+        made = trainer(tmp_path / workdir, ScoreModel(net, VP()), images(), learning_rate=1e-3, **numbers)
+        weights = made.model.net.encoder[0][0].block.conv1.weight
+        assert weights.is_contiguous() is not last
+        return made
+
+    def interrupted(workdir, first, then):
+        run = make(workdir, first)
+        at_call(run.model.net, 8, send)
+        with pytest.raises(TrainingInterrupted, match="after step 3 of 8"):
+            run.run()
+        result = make(workdir, then).run()
+        assert all(p.is_contiguous() for p in result.model.parameters())
+        return result.model
+
+    whole = make("whole", True).run().model
+    start = make("start", False).model
+    same, other = interrupted("same", True, True), interrupted("other", False, True)
+    assert_same_run(tmp_path / "whole", tmp_path / "same")
+    far, near = (
+        sum(
+            float((a - b).detach().square().sum())
+            for a, b in zip(m.parameters(), whole.parameters(), strict=True)
+        )
+        for m in (start, other)
+    )
+    assert 0 < near < 0.01 * far
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), whole.parameters(), strict=True))
 
 
 def test_images_with_augmentation_resume_too(tmp_path):

@@ -45,6 +45,12 @@ def transformed() -> bool:
     return active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def watched(x: Tensor) -> bool:
+    """Whether more is going on than the computation of values and gradients, which is all that C can do: a transform
+    as in :func:`transformed`, a compiler, tracing, or a tensor that only stands for one."""
+    return type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed()
+
+
 def is_channels_last(x: Tensor) -> bool:
     """Whether the channels of x (B, C, H, W) are last in memory, and could be elsewhere; False for what stands for a
     batch of images under a transform."""
@@ -58,7 +64,7 @@ def gains(x: Tensor) -> bool:
     ``torch.func``, forward-mode derivative or compiler at work."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not x.numel():
         return False
-    return not (torch.compiler.is_compiling() or transformed()) and available()
+    return not watched(x) and available()
 
 
 def fastest_layout(x: Tensor) -> Tensor:
@@ -67,13 +73,13 @@ def fastest_layout(x: Tensor) -> Tensor:
 
 
 def usual_layout(x: Tensor, last: nn.Module) -> Tensor:
-    """``last(x)`` with its channels before the pixels in memory, by changing the smaller of input and result."""
-    assert isinstance(last, nn.Conv2d)
-    if last.in_channels >= last.out_channels or not is_channels_last(x):
-        out: Tensor = last(x)
-        return out.contiguous()
-    # A weight in the other layout would bring the result into it.
-    return F.conv2d(x.contiguous(), last.weight.contiguous(), last.bias, padding=last.kernel_size[0] // 2)
+    """``last(x)``, on CPUs with its channels before the pixels in memory."""
+    if x.device.type != "cpu":
+        return last(x)
+    # A convolution takes the layout of its input; the smaller of input and result is what to change.
+    grows = getattr(last, "out_channels", 0) > getattr(last, "in_channels", 0)
+    out: Tensor = last(x.contiguous() if grows else x)
+    return out.contiguous()
 
 
 def fused(x: Tensor) -> bool:
@@ -117,8 +123,12 @@ class _NormSiLU(torch.autograd.Function):
                 lambda *inputs: written_out(*inputs, *ctx.settings), (x, weight, bias), grad
             )
             return (*found, None, None, None)
-        grad = grad.to(x.dtype).contiguous(memory_format=torch.channels_last)
-        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
+        # Whoever keeps saved tensors elsewhere may bring them back in another layout.
+        last = torch.channels_last
+        x, grad = x.contiguous(memory_format=last), grad.to(x.dtype).contiguous(memory_format=last)
+        slope = None if slope is None else slope.contiguous(memory_format=last)
+        weight, mean, rate = weight.contiguous(), mean.contiguous(), rate.contiguous()
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
         images, channels, height, width = x.shape
         failed = _library().norm_silu_backward(  # type: ignore[union-attr]
             *pointers(grad, slope, x, weight, mean, rate, of_x, of_weight, of_bias),

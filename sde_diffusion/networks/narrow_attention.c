@@ -197,6 +197,7 @@ int narrow_attention(const bf16 *qkv, bf16 *out, float *logs, int64_t images, in
             float *log = logs ? logs + index * tokens : NULL;
             forward_head(from, to, log, tokens, padded, channels, room);
         } else {
+#pragma omp atomic write
             failed = 1;
         }
         free(room);
@@ -221,6 +222,7 @@ int narrow_attention_backward(const bf16 *qkv, const bf16 *out, const bf16 *grad
             const float *log = logs + index * tokens;
             backward_head(from, out + at, grad + at, log, to, tokens, padded, channels, room);
         } else {
+#pragma omp atomic write
             failed = 1;
         }
         free(room);

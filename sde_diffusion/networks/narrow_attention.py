@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.networks.attention import plain_attention
-from sde_diffusion.networks.channels_last import differentiated, in_memory, pointers, transformed
+from sde_diffusion.networks.channels_last import differentiated, in_memory, pointers, watched
 from sde_diffusion.networks.native import load_native
 
 WIDTH = 8
@@ -36,7 +36,7 @@ def is_narrow(qkv: Tensor, heads: int) -> bool:
     """Whether :func:`narrow_attention` is for ``qkv``, (B, T, 3 C): bfloat16 on a CPU, heads of 8 channels, a C
     compiler, and no transform of ``torch.func``, forward-mode derivative or program of torch's compiler at work."""
     fitting = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and qkv.shape[2] == 3 * heads * WIDTH
-    if not fitting or not qkv.numel() or torch.compiler.is_compiling() or transformed():
+    if not fitting or not qkv.numel() or watched(qkv):
         return False
     return _library() is not None
 
@@ -65,9 +65,10 @@ class _NarrowAttention(torch.autograd.Function):
         qkv, out, logs = ctx.saved_tensors
         if torch.is_grad_enabled() or not in_memory(grad):
             return differentiated(lambda x: written_out(x, ctx.heads), [qkv], grad)[0], None
+        qkv, out, logs, grad = (part.contiguous() for part in (qkv, out, logs, grad.to(qkv.dtype)))
         of_qkv = torch.empty_like(qkv)
         failed = _library().narrow_attention_backward(  # type: ignore[union-attr]
-            *pointers(qkv, out, grad := grad.to(qkv.dtype).contiguous(), logs, of_qkv),
+            *pointers(qkv, out, grad, logs, of_qkv),
             *qkv.shape[:2], ctx.heads, torch.get_num_threads(),
         )  # fmt: skip
         if failed:

@@ -308,7 +308,7 @@ class NCSNpp(nn.Module):
                 h, side = level.head(h, side)  # type: ignore[operator]
             if level.resample is not None:
                 h = self._run(level.resample, h, modulations)  # type: ignore[arg-type]
-        return (side if self.head is None else self.head(h)).contiguous()
+        return side if self.head is None else self.head(h)
 
     def _sigma(self, c: Tensor) -> Tensor:
         if self.sigma_ladder is None:

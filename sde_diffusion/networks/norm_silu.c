@@ -190,6 +190,7 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, 
             else
                 IN_BLOCKS(channels, AFFINE);
         } else {
+#pragma omp atomic write
             failed = 1;
         }
         free(sums);
@@ -250,6 +251,7 @@ int norm_silu_backward(const bf16 *g, const bf16 *slope, const bf16 *x, const fl
             else
                 IN_BLOCKS(channels, PLAIN_X);
         } else {
+#pragma omp atomic write
             failed = 1;
         }
         free(sums);

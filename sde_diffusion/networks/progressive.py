@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion.networks.blocks import group_norm, normalized, zero_init
+from sde_diffusion.networks.channels_last import usual_layout
 
 
 class InputSkip(nn.Module):
@@ -87,7 +88,7 @@ class Head(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """h: (B, channels, H, W) -> (B, out_channels, H, W)."""
-        return self.conv(normalized(self.norm, h, silu=True))
+        return usual_layout(normalized(self.norm, h, silu=True), self.conv)
 
 
 class OutputSkip(nn.Module):

@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are made orthogonal, for the weights of layers; Adam for what is no such matrix."""
+"""What torch's optimizers leave open: Muon, several optimizers as one, and states in the layout of their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sde_diffusion.devices import choose_precision
 
-__all__ = ["Muon", "Together", "layer_matrices", "orthogonalized"]
+__all__ = ["Muon", "Together", "follow_layout", "layer_matrices", "orthogonalized"]
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -36,11 +36,11 @@ def orthogonalized(matrix: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """``w <- (1 - lr decay) w - 0.2 sqrt(max(R, C)) lr orthogonalized(g + mu m)``, ``m <- mu m + g``.
+    """``m <- mu m + g``, then ``w <- (1 - lr decay) w - 0.2 sqrt(max(R, C)) lr orthogonalized(g + mu m)``.
 
-    (Jordan et al. 2024; the factor, which gives steps the size of Adam's so that learning rates mean the same, is
-    that of Liu et al. 2025, "Muon is scalable for LLM training", eq. 4.) A convolution's weights are the matrix of
-    its outputs by all their inputs.
+    (Jordan et al. 2024; the factor, which gives steps the size of Adam's at the same learning rate, is that of Liu
+    et al. 2025, "Muon is scalable for LLM training", eq. 4. The best rates are higher all the same: here about
+    1e-2.) A convolution's weights are the matrix of its outputs by all their inputs.
 
     Args:
         parameters: of two dimensions or more.
@@ -130,9 +130,24 @@ class Together:
 def layer_matrices(model: nn.Module) -> list[Tensor]:
     """The trained weights of linear layers and convolutions with at least 16 outputs and 16 inputs each."""
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    weights = [module.weight for module in model.modules() if isinstance(module, layers)]
+    # A parametrized layer computes its weight from parameters of other shapes, which are not for Muon.
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, layers)}
     return [
-        weight
-        for weight in dict.fromkeys(weights)
-        if weight.requires_grad and min(weight.shape[0], weight[0].numel()) >= _LEAST_SIDE
+        p
+        for p in model.parameters()
+        if id(p) in weights and p.requires_grad and min(p.shape[0], p[0].numel()) >= _LEAST_SIDE
     ]
+
+
+def follow_layout(optimizer: torch.optim.Optimizer | Together) -> None:
+    """Gives the state of each parameter the parameter's layout in memory, as it has where they grew up together.
+
+    torch's fused Adam on CPUs goes through both as they lie in memory, whatever their strides say (torch 2.13), and
+    a state that was loaded has the layout that it was saved with.
+    """
+    parts = optimizer.optimizers if isinstance(optimizer, Together) else (optimizer,)
+    for part in parts:
+        for parameter, state in part.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

@@ -1,4 +1,4 @@
-"""Muon: its update, which parameters it is for, and training by it."""
+"""Muon: its update, which parameters it is for, and training by it; states in the layout of the weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from sde_diffusion.muon import Muon, Together, layer_matrices, orthogonalized
 from sde_diffusion.networks import UNet
+from sde_diffusion.optimizers import Muon, Together, follow_layout, layer_matrices, orthogonalized
 from sde_diffusion.training_settings import TrainingSettings
 
 
@@ -20,7 +20,7 @@ def test_orthogonalized_has_the_singular_vectors_and_values_near_one(shape: tupl
     u, s, vh = torch.linalg.svd(
         torch.randn(shape, generator=generator, dtype=torch.float64), full_matrices=False
     )
-    # Singular values from 1 down to 1/50, 17 of a Frobenius norm.
+    # Singular values from 1 down to 1/50: the smallest are not lifted all the way.
     s = torch.linspace(1.0, 0.02, len(s), dtype=torch.float64)
     found = orthogonalized(((u * s) @ vh).float())
     assert found.dtype == torch.float32
@@ -108,7 +108,37 @@ def test_it_goes_on_from_its_state_to_the_same_bits() -> None:
         other.load_state_dict({})
 
 
-def test_it_learns_a_linear_map_faster_than_it_forgets() -> None:
+def test_a_parametrized_layer_is_left_to_adam() -> None:
+    net = nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))
+    assert layer_matrices(net) == []
+    optimizer = TrainingSettings(optimizer="muon").build_optimizer(net)
+    net(torch.randn(4, 32)).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_state_from_another_layout_means_the_same() -> None:
+    """torch's fused Adam on CPUs would read it in the wrong order."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(32, 16, 3, 3, generator=generator)
+    gradients = torch.randn(6, *start.shape, generator=generator)
+    results = []
+    for change in (False, True):
+        weight = nn.Parameter(start.clone())
+        optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+        for i, gradient in enumerate(gradients):
+            if change and i == 3:
+                state = optimizer.state_dict()
+                weight = nn.Parameter(weight.detach().contiguous(memory_format=torch.channels_last))
+                optimizer = torch.optim.Adam([weight], lr=0.1, fused=True)
+                optimizer.load_state_dict(state)
+                follow_layout(optimizer)
+            weight.grad = torch.empty_like(weight).copy_(gradient)
+            optimizer.step()
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_it_learns_a_linear_map() -> None:
     torch.manual_seed(0)
     net, target = nn.Linear(32, 32, bias=False), torch.randn(32, 32) / 6
     optimizer = Muon(net.parameters(), lr=0.05)
