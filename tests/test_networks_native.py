@@ -18,6 +18,7 @@ load_native = native.load_native.__wrapped__  # every time anew
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of its own, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SDE_DIFFUSION_NATIVE", raising=False)
     path = tmp_path / "twice.c"
     path.write_text("double twice(double x) { return 2.0 * x; }\n")
     return path
