@@ -42,6 +42,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -379,12 +380,12 @@ def peaks(bench: Bench) -> dict[str, float]:
     for dtype in (torch.float32, BFLOAT16):
         a, x = torch.randn(1024, 1024, dtype=dtype), torch.randn(8, 128, 32, 32, dtype=dtype)
         w = torch.randn(128, 128, 3, 3, dtype=dtype)
-        product, convolution = bench.alternate(
-            [lambda a=a: a @ a, lambda x=x, w=w: F.conv2d(x, w, padding=1)]  # type: ignore[misc]
-        )
         name = str(dtype).removeprefix("torch.")
+        (product,) = bench.alternate([lambda a=a: a @ a])  # type: ignore[misc]
         found[f"matrix {name}"] = 2 * 1024**3 / product / 1e9
-        found[f"convolution {name}"] = 2 * x.numel() * 128 * 9 / convolution / 1e9
+        for layout, images in (("", x), (" channels last", x.contiguous(memory_format=torch.channels_last))):
+            (convolution,) = bench.alternate([lambda x=images, w=w: F.conv2d(x, w, padding=1)])  # type: ignore[misc]
+            found[f"convolution {name}{layout}"] = 2 * x.numel() * 128 * 9 / convolution / 1e9
     return found
 
 
@@ -392,8 +393,9 @@ def profiled(bench: Bench, rows: int = 15) -> None:
     """Where the training step of ``unet2d`` goes."""
     side = CPU_SIDES["ours, auto precision"]()
     (seconds,) = bench.alternate([side.train])
-    # Products are counted as a convolution as it stands has them, whichever algorithm runs.
-    with torch.backends.nnpack.flags(enabled=False), FlopCounterMode(display=False) as counter:
+    # Products are counted as convolutions and attention as they stand have them, whatever runs in their place.
+    plain = torch.backends.nnpack.flags(enabled=False), patch.object(fast_layout, "available", lambda: False)
+    with plain[0], plain[1], FlopCounterMode(display=False) as counter:
         side.train()
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         side.train()
