@@ -276,3 +276,21 @@ def queue_noise(draws: Tensor) -> Callable[[], Tensor]:
     """A noise source that hands out the rows of ``draws`` in order."""
     iterator = iter(draws)
     return lambda: next(iterator)
+
+
+LIKELIHOOD_DATA = {
+    "gaussian-8": random_mixture(1, (8,)),
+    "mixture-8": random_mixture(3, (8,)),
+    "images": random_mixture(2, (1, 4, 4)),
+}
+
+
+def exact_likelihood(sde: sd.SDE, data: sd.GaussianMixture, x: Tensor, **options) -> sd.Likelihood:
+    """With the true ``p_T`` in place of the prior, so that the only error is the solver's."""
+    end = times64(sde.t_max)[0]
+    settings = {"prior_log_prob": lambda z: data.marginal_log_prob(sde, z, end)} | options
+    return sd.log_likelihood(sde, data.score(sde), x, **settings)
+
+
+def samples(data: sd.GaussianMixture, n: int, seed: int = 0) -> Tensor:
+    return data.sample(n, torch.Generator().manual_seed(seed))
