@@ -15,7 +15,7 @@ import torch
 from sde_diffusion.processes import processes
 
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
 from sde_diffusion.processes import processes
 
 def work(file):
@@ -26,6 +26,8 @@ def work(file):
     time.sleep(120)
 
 if __name__ == "__main__":
+    # A shell starts what it runs in the background with Ctrl-C ignored, and this inherits it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with processes(1) as pool:
         pool.submit(work, sys.argv[1]).result()
 """
@@ -61,7 +63,12 @@ def test_no_process_survives_its_parent(tmp_path: Path, number: signal.Signals) 
         time.sleep(0.1)
     worker = int(ready.read_text())
     parent.send_signal(number)
-    parent.wait(30)
+    try:
+        parent.wait(30)
+    except subprocess.TimeoutExpired:
+        parent.kill()
+        parent.wait()
+        raise
     deadline = time.monotonic() + 30
     while _alive(worker):
         assert time.monotonic() < deadline, "the worker goes on"
