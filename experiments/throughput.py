@@ -114,8 +114,8 @@ def ours(
     """A network of ours, trained as the trainer does; ``dtype`` None for the default of the device."""
     torch.manual_seed(0)
     dtype = choose_precision("auto", device) if dtype is None else dtype
-    on_cpu = device.type == "cpu" and dtype == BFLOAT16 and fast_layout.available()  # as the trainer has it
-    layout = torch.channels_last if channels_last or on_cpu else torch.contiguous_format
+    last = channels_last or fast_layout.preferred(device, dtype)  # as the trainer has it
+    layout = torch.channels_last if last else torch.contiguous_format
     net = make().to(device, memory_format=layout)
     ema = EMA(net, 0.999)
     optimizer = TrainingSettings().build_optimizer(net)

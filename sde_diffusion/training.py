@@ -27,7 +27,7 @@ from sde_diffusion.devices import choose_device, choose_precision
 from sde_diffusion.ema import EMA
 from sde_diffusion.interrupts import StopSignals, TrainingInterrupted
 from sde_diffusion.monitor import Monitor, NoiseLevels, Window
-from sde_diffusion.networks import channels_last
+from sde_diffusion.networks.channels_last import preferred
 from sde_diffusion.objective import Objective
 from sde_diffusion.optimizers import follow_layout
 from sde_diffusion.training_settings import MAY_CHANGE, TrainingSettings, learning_rate_factor
@@ -127,7 +127,8 @@ class Trainer:
         self.model = cast(Any, model.to(self.device))
         self.objective = Objective(settings, data, self.model.sde, self.device)
         precision = choose_precision(settings.precision, self.device)
-        if self.objective.channels_last or self._gradients_channels_last(precision):
+        own = settings.channels_last is None and data.is_image and preferred(self.device, precision)
+        if self.objective.channels_last or own:
             cast(Any, self.model).to(memory_format=torch.channels_last)
         self.ema = EMA(self.model, settings.ema_decay)
         # After the copy: the averaged model stays in full precision and uncompiled.
@@ -154,12 +155,6 @@ class Trainer:
         self._speed = 0.0
         self._seconds_before = 0.0
         self._started = time.monotonic()
-
-    def _gradients_channels_last(self, precision: torch.dtype) -> bool:
-        """Whether gradients come with channels last whatever images are: so should the weights then."""
-        if self.settings.channels_last is not None or not self.data.is_image:
-            return False
-        return self.device.type == "cpu" and precision == torch.bfloat16 and channels_last.available()
 
     # ------------------------------------------------------------ the whole run
 

@@ -87,8 +87,8 @@ class TrainingSettings:
             evaluating).
         label_dropout: probability of replacing a label by the null label ``num_classes`` (classifier-free
             guidance).
-        precision: of the network: "float32", "bfloat16" (autocast), or "auto": bfloat16 on GPUs that have it,
-            else float32.
+        precision: of the network: "float32", "bfloat16" (autocast), or "auto": bfloat16 on GPUs and
+            CPUs that compute in it, else float32.
         compile: compile the network.
         channels_last: memory format for images and weights; None: on GPUs, and for weights in bfloat16 on CPUs with
             AMX, where networks compute in that format (see :mod:`sde_diffusion.networks.channels_last`).

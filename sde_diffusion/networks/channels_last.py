@@ -38,6 +38,12 @@ def available() -> bool:
     return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()) and _library() is not None
 
 
+def preferred(device: torch.device, precision: torch.dtype) -> bool:
+    """Whether networks in this precision compute with channels last there of their own accord; their weights, whose
+    gradients then come so, should be kept that way in training."""
+    return device.type == "cpu" and precision == torch.bfloat16 and available()
+
+
 def transformed() -> bool:
     """Whether a transform of ``torch.func``, a batched derivative or forward-mode differentiation is at work."""
     # torch's own question for its autograd functions; without it the answer is yes, which is only slower.
