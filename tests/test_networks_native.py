@@ -44,7 +44,12 @@ def test_compiled_once_for_each_source(source: Path, monkeypatch: pytest.MonkeyP
         assert twice(load_native(source)) == 42.0
     source.write_text(source.read_text().replace("2.0 *", "3.0 *"))
     assert twice(load_native(source)) == 63.0
-    assert len(list(native.cache_folder().iterdir())) == 2
+    source.with_name("factor.h").write_text("#define FACTOR 4.0\n")
+    source.write_text('#include "factor.h"\ndouble twice(double x) { return FACTOR * x; }\n')
+    assert twice(load_native(source)) == 84.0
+    source.with_name("factor.h").write_text("#define FACTOR 5.0\n")
+    assert twice(load_native(source)) == 105.0
+    assert len(list(native.cache_folder().iterdir())) == 4
 
 
 @needs_compiler

@@ -241,7 +241,7 @@ def run(command: list[object], folder: Path, site: Path | None = None) -> str:
 
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(installed):
-    for pattern in ("*.py", "*.c"):
+    for pattern in ("*.py", "*.c", "*.h"):
         files = {path.relative_to(ROOT) for path in (ROOT / "sde_diffusion").rglob(pattern)}
         assert files
         assert {path.relative_to(installed) for path in (installed / "sde_diffusion").rglob(pattern)} == files

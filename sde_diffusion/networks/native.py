@@ -26,8 +26,8 @@ _PATIENCE = 120.0  # seconds
 @lru_cache
 def load_native(source: Path) -> ctypes.CDLL | None:
     """The functions of a C file; None where they are turned off, and, with a warning, where there is no compiler
-    (``$CC``, cc, gcc or clang; on Linux and macOS) or it fails. Compiled once for each source, compiler and
-    processor."""
+    (``$CC``, cc, gcc or clang; on Linux and macOS) or it fails. Compiled once for each source with the headers
+    beside it, compiler and processor."""
     if os.environ.get("SDE_DIFFUSION_NATIVE") == "0":
         return None
     compiler = _compiler()
@@ -37,7 +37,8 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     command = [*compiler, *_FLAGS.split()]
     try:
         version = _run([*compiler, "--version"])
-        key = source.read_text(encoding="utf-8"), command, version, platform.platform(), _processor()
+        texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.h")))]
+        key = texts, command, version, platform.platform(), _processor()
         name = f"{source.stem}-{hashlib.sha256(repr(key).encode()).hexdigest()[:20]}.so"
         path = cache_folder() / name
         if path.exists():

@@ -4,30 +4,11 @@
    scale; the result is y, or y / (1 + exp(-y)). A thread takes whole images, 32 channels of all pixels at a time. Sums are
    made in float over 128 pixels, and those added in double. */
 
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define LANES 16
 #define BLOCK 32
 #define PORTION 128
 
-/* Numbers near the end of the range, which gradients that vanish are made of, take many times as long; here they are
-   zero. */
-#ifdef __SSE2__
-#define FLUSH unsigned int mode = __builtin_ia32_stmxcsr(); __builtin_ia32_ldmxcsr(mode | 0x8040)
-#define RESTORE __builtin_ia32_ldmxcsr(mode)
-#else
-#define FLUSH
-#define RESTORE
-#endif
-
-typedef uint16_t bf16;
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef int32_t masks __attribute__((vector_size(4 * LANES)));
 typedef bf16 halves __attribute__((vector_size(2 * LANES)));
 
 /* n <= LANES values; the lanes after them are zero. */
@@ -53,24 +34,11 @@ INLINE floats load_floats(const float *x, int n) {
     return values;
 }
 
-INLINE floats pick(masks which, floats a, floats b) { return (floats)(((words)a & (words)which) | ((words)b & ~(words)which)); }
-
-/* 1 / (1 + exp(-y)) to about 1e-7, relative; NaN stays NaN. */
+/* 1 / (1 + exp(-y)) to 3e-6, relative; NaN stays NaN. */
 INLINE floats sigmoid(floats y) {
-    const floats low = (floats){0} - 126.0f, high = (floats){0} + 126.0f;
+    const floats most = (floats){0} + 125.0f;
     floats z = y * -1.44269504f; /* 2^z = exp(-y) */
-    z = pick(z < low, low, z);
-    z = pick(z > high, high, z);
-    floats shifted = z + 12582912.0f; /* its last bits are the integer next to z */
-    floats f = z - (shifted - 12582912.0f);
-    floats power = (floats)(((words)shifted << 23) + 0x3f800000);
-    floats p = f * 1.54035304e-4f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    return 1.0f / (p * power + 1.0f);
+    return 1.0f / (power(pick(z > most, most, z)) + 1.0f);
 }
 
 /* WHAT(c, n, vectors): for n channels from c on, in so many vectors, the numbers constant but for the last few channels. */
