@@ -40,7 +40,8 @@ class Muon(torch.optim.Optimizer):
 
     (Jordan et al. 2024; the factor, which gives steps the size of Adam's at the same learning rate, is that of Liu
     et al. 2025, "Muon is scalable for LLM training", eq. 4. The best rates are higher all the same: here about
-    1e-2.) A convolution's weights are the matrix of its outputs by all their inputs. torch's own (from 2.9 on) takes weights of two dimensions only.
+    1e-2.) A convolution's weights are the matrix of its outputs by all their inputs.
+    torch has one from 2.9 on, for weights of two dimensions only.
 
     Args:
         parameters: of two dimensions or more.
