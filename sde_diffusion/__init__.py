@@ -86,6 +86,7 @@ from sde_diffusion.predictors import (
     TorchSDE,
     UniPC,
 )
+from sde_diffusion.level_features import level_feature_count, level_features
 from sde_diffusion.quantized import QuantizedScoreModel
 from sde_diffusion.sampling import SampleOutput, sample
 from sde_diffusion.scipy_ode import ScipyRK45

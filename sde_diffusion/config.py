@@ -98,6 +98,9 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             "levels",
             "what the network predicts: noise, data, score, v, edm, or levels (grey levels, for images of few)",
         ),
+        "level_features": Key(
+            False, "parametrization levels: show the network what each pixel says of its level, sharp to the digit"
+        ),
         "conditioning": Key("log_noise", "what the network is told of the time: log_noise or time"),
         "sigma_data": Key(0.7, "standard deviation of the data in [-1, 1], for input scaling and edm"),
         "learned_variance": Key(False, "the network also gives the variances of a chain's reverse steps"),

@@ -96,7 +96,8 @@ def read_source(
     if isinstance(net, MLP):
         return Imported(model, DataInfo(name, (net.dim,), None, classes), record)
     levels = getattr(model, "levels", None) or config.data.levels or _LEVELS
-    return Imported(model, DataInfo(name, (net.in_channels, *_sides(config, size)), levels, classes), record)
+    channels = net.in_channels // getattr(model, "inputs_per_channel", 1)
+    return Imported(model, DataInfo(name, (channels, *_sides(config, size)), levels, classes), record)
 
 
 def _sides(config: ConfigDict, stored: tuple[int, int] | None) -> tuple[int, int]:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion.cells import expected_noise
+from sde_diffusion.level_features import level_feature_count, level_features
 from sde_diffusion.parametrization import NOISE
 from sde_diffusion.score import LOG_NOISE, Conditioning, ScoreModel
 from sde_diffusion.sdes import SDE
@@ -39,6 +40,8 @@ class QuantizedScoreModel(ScoreModel):
             the logits of its levels.
         sde: the forward process.
         levels: the number of grey levels of data ``2 (k + u) / levels - 1``.
+        level_features: append :func:`~sde_diffusion.level_features.level_features` of the state to the network's
+            input, which then has C (1 + level_feature_count(levels)) channels.
         conditioning, sigma_data, autocast: as for ``ScoreModel``.
 
     Raises:
@@ -54,11 +57,25 @@ class QuantizedScoreModel(ScoreModel):
         conditioning: Conditioning = LOG_NOISE,
         sigma_data: float = 1.0,
         autocast: torch.dtype | None = None,
+        level_features: bool = False,
     ) -> None:
         super().__init__(net, sde, NOISE, conditioning=conditioning, sigma_data=sigma_data, autocast=autocast)
         if not isinstance(levels, int) or levels < 2:
             raise ValueError(f"levels must be an integer >= 2, got {levels!r}")
         self.levels = levels
+        self.level_features = level_features
+
+    @property
+    def inputs_per_channel(self) -> int:
+        """Channels that the network sees for each of the data."""
+        return 1 + level_feature_count(self.levels) if self.level_features else 1
+
+    def _input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        scaled = super()._input(x, alpha, sigma)
+        if not self.level_features:
+            return scaled
+        y = x.double()
+        return torch.cat([scaled, level_features(y / expand(alpha, y), sigma / alpha, self.levels)], dim=1)
 
     def _expected(self, x: Tensor) -> tuple[int, ...]:
         return (x.shape[0], x.shape[1] * self.levels, *x.shape[2:])

@@ -145,10 +145,14 @@ class ScoreModel(nn.Module):
         """The shape that the network's output must have."""
         return tuple(x.shape)
 
-    def _output(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
+    def _input(self, x: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network sees of the state, float32."""
         c_in = self.input_scaling.function(alpha, sigma, self.sigma_data)
+        return (expand(c_in, x) * x).float()
+
+    def _output(self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, cond: dict[str, Any]) -> Tensor:
         c = self.conditioning.function(self.sde, t).float()
-        x_in = (expand(c_in, x) * x).float()
+        x_in = self._input(x, alpha, sigma)
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             output: Tensor = self.net(x_in, c, **cond)
         if tuple(output.shape) != self._expected(x):

@@ -190,11 +190,15 @@ def test_vectors_have_no_size(tmp_path):
     assert loaded.sample(3, steps=2).shape == (3, 2)
 
 
-def test_grey_levels_of_a_network_that_gives_them(tmp_path):
-    net = UNet(1, out_channels=17, channels=8, channel_multipliers=(1,), blocks_per_level=1)
-    file = save_pretrained(sd.QuantizedScoreModel(net, sd.VP(), 17), tmp_path / "digits.safetensors")
+@pytest.mark.parametrize("features", [False, True])
+def test_grey_levels_of_a_network_that_gives_them(tmp_path, features):
+    inputs = 1 + sd.level_feature_count(17) if features else 1
+    net = UNet(inputs, out_channels=17, channels=8, channel_multipliers=(1,), blocks_per_level=1)
+    model = sd.QuantizedScoreModel(net, sd.VP(), 17, level_features=features)
+    file = save_pretrained(model, tmp_path / "digits.safetensors")
     loaded = sd.load(imported(tmp_path / "run", file, data__image_size=8))
-    assert loaded.info.levels == 17
+    assert (loaded.info.shape, loaded.info.levels) == ((1, 8, 8), 17)
+    assert loaded.sample(1, steps=2).shape == (1, 1, 8, 8)
     loaded.config.data.name = "digits"
     assert loaded.data.name == "digits"  # though the model knows no classes
 

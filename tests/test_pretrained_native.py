@@ -78,6 +78,9 @@ MODELS = {
         conditioning=chain_step(50),
     ),
     "levels": lambda: sd.QuantizedScoreModel(unet(out_channels=17), sd.VP(), 17),
+    "level_features": lambda: sd.QuantizedScoreModel(
+        UNet(10, out_channels=17, **SMALL), sd.VP(), 17, level_features=True
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from sde_diffusion.config import UsageError
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.learned_schedule import LearnedSchedule
 from sde_diffusion.learned_variance import LearnedVarianceModel
+from sde_diffusion.level_features import level_feature_count
 from sde_diffusion.networks import MLP, DiT, UNet
 from sde_diffusion.parametrization import NOISE, parametrization
 from sde_diffusion.quantized import QuantizedScoreModel
@@ -77,12 +78,19 @@ def network(config: ConfigDict, info: DataInfo) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return constructor(
-                info.shape[0],
+                _inputs(config, info),
                 num_classes=classes,
                 **_outputs(config, info),
                 **_augmented(constructor, config),
                 **accepted(constructor, block),
             )
+
+
+def _inputs(config: ConfigDict, info: DataInfo) -> int:
+    """How many channels the network sees."""
+    if config.model.level_features and config.model.parametrization == LEVELS and info.levels is not None:
+        return info.shape[0] * (1 + level_feature_count(info.levels))
+    return info.shape[0]
 
 
 def _outputs(config: ConfigDict, info: DataInfo) -> dict[str, int]:
@@ -125,7 +133,12 @@ def score_model(config: ConfigDict, info: DataInfo) -> ScoreModel:
         if block.parametrization == LEVELS:
             assert info.levels is not None
             return QuantizedScoreModel(
-                net, sde(config), info.levels, conditioning=told, sigma_data=block.sigma_data
+                net,
+                sde(config),
+                info.levels,
+                conditioning=told,
+                sigma_data=block.sigma_data,
+                level_features=block.level_features,
             )
         kind = LearnedVarianceModel if block.learned_variance else ScoreModel
         return kind(net, sde(config), predicted, conditioning=told, sigma_data=block.sigma_data)

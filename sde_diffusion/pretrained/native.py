@@ -145,6 +145,7 @@ def describe(model: ScoreModel) -> dict[str, Any]:
             },
         },
         "levels": model.levels if isinstance(model, QuantizedScoreModel) else None,
+        "level_features": isinstance(model, QuantizedScoreModel) and model.level_features,
         "parametrization": model.parametrization.name,
         "conditioning": model.conditioning.name,
         "input_scaling": model.input_scaling.name,
@@ -170,7 +171,14 @@ def build(description: Mapping[str, Any], device: str = "cpu") -> ScoreModel:
     told = _conditioning(description["conditioning"])
     sigma_data = description["sigma_data"]
     if description["levels"] is not None:
-        return QuantizedScoreModel(net, sde, description["levels"], conditioning=told, sigma_data=sigma_data)
+        return QuantizedScoreModel(
+            net,
+            sde,
+            description["levels"],
+            conditioning=told,
+            sigma_data=sigma_data,
+            level_features=description.get("level_features", False),  # files of earlier versions do not say
+        )
     if description["input_scaling"] not in _SCALINGS:
         raise unknown_name("input_scaling", description["input_scaling"], _SCALINGS)
     low, high = description["data_range"]

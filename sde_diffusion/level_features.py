@@ -1,0 +1,81 @@
+"""What a noisy pixel says of its own grey level, as channels for a network.
+
+For one pixel ``y = x_0 + s u``, ``u ~ N(0, 1)``, and levels k in cells of width ``2 / K`` that are all as likely (0 .. K - 1
+over [-1, 1], and on beyond it),
+
+    E[cos(2 pi k / P) | y],   E[sin(2 pi k / P) | y],       P = 2, 4, 8, .. up to the first that is >= K.
+
+Fourier features of the *level* in place of the input's own (Kingma et al. 2021, "Variational diffusion models", app. C,
+take ``sin(2^n pi x)``): a network sees two neighbouring levels, which differ by 1/128 in x, as far apart, however coarse
+its arithmetic. The expectation makes them smooth on the scale of the noise (a derivative of at most about 1 / s) and 0
+where a level cannot be told, so that they add no noise of their own, nor stiffness to an ODE. Where noise is low, they
+are those of the level to the digit: where in its cell a uniformly dequantized value lies, is no information.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sde_diffusion.tensors import expand
+
+_SMOOTH = 1.5
+_CELLS = 18
+"""Cells that count at most while the noise is below ``_SMOOTH`` of them: five standard deviations to both sides."""
+
+
+def level_feature_count(levels: int) -> int:
+    """How many channels :func:`level_features` makes of one."""
+    return 2 * _octaves(levels) - 1
+
+
+def level_features(y: Tensor, s: Tensor, levels: int) -> Tensor:
+    """The expected Fourier features of each pixel's level; see the module.
+
+    Args:
+        y: the noisy data in the data's own scale, (B, C, *S), float64.
+        s: the standard deviation of the noise in it, (B,), float64.
+        levels: K.
+
+    Returns:
+        (B, C * level_feature_count(K), *S), float32: of each channel the cosines, period 2 first, then the sines from
+        period 4 on (the sine of period 2 is 0).
+    """
+    position = (y + 1) * (levels / 2) - 0.5  # k at the centre of cell k
+    spread = expand(s * (levels / 2), y)
+    frequencies = (2 * math.pi) / 2.0 ** torch.arange(1, _octaves(levels) + 1, dtype=torch.float64, device=y.device)
+    smooth = _smooth(position, spread.clamp_min(_SMOOTH), frequencies)
+    sharp = _sharp(position, spread.clamp_max(_SMOOTH), frequencies)
+    both = torch.where((spread < _SMOOTH)[..., None], sharp, smooth).movedim(-1, 2)
+    octaves = len(frequencies)
+    return torch.cat([both[:, :, :octaves], both[:, :, octaves + 1 :]], 2).flatten(1, 2)
+
+
+def _octaves(levels: int) -> int:
+    return max(1, math.ceil(math.log2(levels)))
+
+
+def _smooth(position: Tensor, spread: Tensor, frequencies: Tensor) -> Tensor:
+    """Noise of many cells: the level is the position, but for an error that is uniform within half a cell."""
+    half = frequencies / 2
+    size = (half.sin() / half * (-0.5 * (frequencies * spread[..., None]).square()).exp()).float()
+    angle = (position[..., None] * frequencies).float()
+    return torch.cat([size * angle.cos(), size * angle.sin()], -1)
+
+
+def _sharp(position: Tensor, spread: Tensor, frequencies: Tensor) -> Tensor:
+    """Noise of few cells: the sum over those nearby, turned by the angle of the first of them."""
+    first = (position.detach() - (_CELLS - 1) / 2).round()
+    cells = torch.arange(_CELLS, dtype=torch.float64, device=position.device)
+    edges = ((cells[:-1] + 0.5) - (position - first)[..., None]) / spread[..., None]
+    below = torch.special.ndtr(edges.float())
+    # What is beyond the cells counted belongs to the outermost.
+    masses = torch.cat([below[..., :1], below.diff(dim=-1), 1 - below[..., -1:]], -1)
+    angles = cells[:, None] * frequencies
+    turned = masses @ torch.cat([angles.cos(), angles.sin()], -1).float()
+    cosine, sine = turned.chunk(2, -1)
+    start = first[..., None] * frequencies
+    c, s = start.cos().float(), start.sin().float()
+    return torch.cat([c * cosine - s * sine, s * cosine + c * sine], -1)
