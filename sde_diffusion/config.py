@@ -101,6 +101,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "level_features": Key(
             False, "parametrization levels: show the network what each pixel says of its level, sharp to the digit"
         ),
+        "level_counts": Key(False, "parametrization levels: levels that the image has become more likely"),
         "conditioning": Key("log_noise", "what the network is told of the time: log_noise or time"),
         "sigma_data": Key(0.7, "standard deviation of the data in [-1, 1], for input scaling and edm"),
         "learned_variance": Key(False, "the network also gives the variances of a chain's reverse steps"),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import sde_diffusion as sd
+from sde_diffusion.build import DataInfo, score_model
 from sde_diffusion.config import changed
 
 OCTAVES = {2: 1, 17: 5, 256: 8}
@@ -126,11 +127,11 @@ def test_the_divergence_sees_through_them() -> None:
 
 
 def test_a_config_builds_the_network_that_takes_them() -> None:
-    info = sd.build.DataInfo("digits", (1, 8, 8), 17, 10)
+    info = DataInfo("digits", (1, 8, 8), 17, 10)
     config = changed({"model.level_features": True, "model.channels": 8})
-    model = sd.build.score_model(config, info)
+    model = score_model(config, info)
     assert model.level_features
     assert model.net.in_channels == 10
     assert model(torch.randn(2, 1, 8, 8), torch.tensor(0.3)).shape == (2, 1, 8, 8)
     config.model.parametrization = "noise"
-    assert sd.build.score_model(config, info).net.in_channels == 1
+    assert score_model(config, info).net.in_channels == 1

@@ -15,10 +15,9 @@ from sde_diffusion.config import UsageError
 from sde_diffusion.ddpm import DDPM
 from sde_diffusion.learned_schedule import LearnedSchedule
 from sde_diffusion.learned_variance import LearnedVarianceModel
-from sde_diffusion.level_features import level_feature_count
 from sde_diffusion.networks import MLP, DiT, UNet
 from sde_diffusion.parametrization import NOISE, parametrization
-from sde_diffusion.quantized import QuantizedScoreModel
+from sde_diffusion.quantized import QuantizedScoreModel, inputs_per_channel, outputs_per_channel
 from sde_diffusion.schedules import SCHEDULES
 from sde_diffusion.score import ScoreModel, conditioning
 from sde_diffusion.sdes import SDE, VE, VP, CosineVP, SubVP
@@ -78,33 +77,31 @@ def network(config: ConfigDict, info: DataInfo) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return constructor(
-                _inputs(config, info),
                 num_classes=classes,
-                **_outputs(config, info),
+                **_channels(config, info, dimensions),
                 **_augmented(constructor, config),
                 **accepted(constructor, block),
             )
 
 
-def _inputs(config: ConfigDict, info: DataInfo) -> int:
-    """How many channels the network sees."""
-    if config.model.level_features and config.model.parametrization == LEVELS and info.levels is not None:
-        return info.shape[0] * (1 + level_feature_count(info.levels))
-    return info.shape[0]
-
-
-def _outputs(config: ConfigDict, info: DataInfo) -> dict[str, int]:
-    """How many channels the network gives, where not as many as it gets."""
+def _channels(config: ConfigDict, info: DataInfo, dimensions: int) -> dict[str, int]:
+    """How many channels the network gets and gives, and the length of its context, where they are not the data's."""
+    channels = info.shape[0]
+    inputs, outputs = ("dim", "out_dim") if dimensions == 1 else ("in_channels", "out_channels")
     if config.model.learned_variance:
-        key = "out_channels" if len(info.shape) == 3 else "out_dim"
-        return {key: 2 * info.shape[0]}
+        return {inputs: channels, outputs: 2 * channels}
     if config.model.parametrization != LEVELS:
-        return {}
+        return {inputs: channels}
     if info.levels is None:
         raise ValueError(
             f"parametrization {LEVELS!r} is for images, not for data set {info.name!r}; use 'noise'"
         )
-    return {"out_channels": info.shape[0] * info.levels}
+    features, counts = config.model.level_features, config.model.level_counts
+    return {
+        inputs: channels * inputs_per_channel(info.levels, features),
+        outputs: channels * outputs_per_channel(info.levels, counts),
+        "context_dim": channels * info.levels if counts else 0,
+    }
 
 
 def _augmented(constructor: Callable[..., nn.Module], config: ConfigDict) -> dict[str, int]:
@@ -139,6 +136,7 @@ def score_model(config: ConfigDict, info: DataInfo) -> ScoreModel:
                 conditioning=told,
                 sigma_data=block.sigma_data,
                 level_features=block.level_features,
+                level_counts=block.level_counts,
             )
         kind = LearnedVarianceModel if block.learned_variance else ScoreModel
         return kind(net, sde(config), predicted, conditioning=told, sigma_data=block.sigma_data)

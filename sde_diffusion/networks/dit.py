@@ -80,7 +80,7 @@ class DiT(nn.Module):
         heads, head_channels: as in :class:`UNet`.
         mlp_ratio: width of the perceptrons' hidden layer over ``width``.
         dropout: probability, within perceptrons.
-        embedding, embedding_scale, num_classes, input_fourier: as in :class:`UNet`.
+        embedding, embedding_scale, num_classes, input_fourier, context_dim: as in :class:`UNet`.
         embedding_channels: width of the condition vector and its features; None for ``width``.
         augment_dim: length of augmentation labels; 0 for none.
         checkpointing: recompute activations in the backward pass in training mode.
@@ -111,6 +111,7 @@ class DiT(nn.Module):
         input_fourier: tuple[int, int] | None = None,
         augment_dim: int = 0,
         checkpointing: bool = False,
+        context_dim: int = 0,
     ) -> None:
         config = constructor_arguments(DiT, locals())
         super().__init__()
@@ -139,12 +140,21 @@ class DiT(nn.Module):
             width if embedding_channels is None else positive_int("embedding_channels", embedding_channels)
         )
         features = make_embedding(embedding, condition + condition % 2, embedding_scale)
-        self.condition = ConditionEmbedding(features, condition, num_classes, augment_dim=augment_dim)
+        self.condition = ConditionEmbedding(
+            features, condition, num_classes, augment_dim=augment_dim, context_dim=context_dim
+        )
         self.modulations = Modulations(condition, [6 * width] * depth + [2 * width])
         zero_init(self.modulations)
         self.blocks.apply(_glorot)
 
-    def forward(self, x: Tensor, c: Tensor, y: Tensor | None = None, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        y: Tensor | None = None,
+        augment: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """The network's output.
 
         Args:
@@ -153,12 +163,13 @@ class DiT(nn.Module):
             y: (B,) int64 labels in [0, num_classes], num_classes meaning "no class"; None for no class at
                 all.
             augment: (B, augment_dim), what an augmentation did to the images; None for nothing.
+            context: (B, context_dim), if there is one.
 
         Returns:
             (B, out_channels, H, W), in the dtype of x.
         """
         check_input(x, 4, self.in_channels, "(B, C, H, W)", self.patch_size)
-        *modulations, last = self.modulations(self.condition(c, y, x.shape[0], augment))
+        *modulations, last = self.modulations(self.condition(c, y, x.shape[0], augment, context))
         parts = [x] if self.input_fourier is None else [x, fourier_features(x, *self.input_fourier)]
         patches = self.stem(torch.cat(parts, dim=1))
         rows, columns = patches.shape[2:]

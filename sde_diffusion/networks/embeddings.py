@@ -112,6 +112,8 @@ class ConditionEmbedding(nn.Module):
         labels_first: add ``table[y]`` to the features, before the two layers (Karras et al. 2022, SongUNet).
         augment_dim: length of the augmentation labels, of which a linear map is added to the features
             (Karras et al. 2022, app. F); 0 for none.
+        context_dim: length of a vector of anything else that is known of a sample, of which a linear map, which starts at
+            zero, is added; 0 for none.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class ConditionEmbedding(nn.Module):
         null_row: bool = True,
         labels_first: bool = False,
         augment_dim: int = 0,
+        context_dim: int = 0,
     ) -> None:
         super().__init__()
         self.features = features
@@ -138,8 +141,19 @@ class ConditionEmbedding(nn.Module):
         if augment_dim:
             size = positive_int("augment_dim", augment_dim)
             self.augment = nn.Linear(size, features.channels, bias=False)
+        self.context: nn.Linear | None = None
+        if context_dim:
+            self.context = nn.Linear(positive_int("context_dim", context_dim), channels, bias=False)
+            nn.init.zeros_(self.context.weight)
 
-    def forward(self, c: Tensor, y: Tensor | None, batch: int, augment: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        c: Tensor,
+        y: Tensor | None,
+        batch: int,
+        augment: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Tensor:
         """The vectors.
 
         Args:
@@ -147,6 +161,7 @@ class ConditionEmbedding(nn.Module):
             y: (B,) in [0, num_classes], the last meaning "no class", or None.
             batch: the batch size B.
             augment: (B, augment_dim), or None for images that are not augmented.
+            context: (B, context_dim), which a network that has it needs.
 
         Returns:
             (B, channels).
@@ -162,7 +177,16 @@ class ConditionEmbedding(nn.Module):
         if label is not None and self.labels_first:
             features = features + label
         embedded = self.second(F.silu(self.first(features)))
+        if context is not None or self.context is not None:
+            embedded = embedded + self._context(context, batch)
         return embedded if label is None or self.labels_first else embedded + label
+
+    def _context(self, context: Tensor | None, batch: int) -> Tensor:
+        size = 0 if self.context is None else self.context.in_features
+        if self.context is None or context is None or context.shape != (batch, size):
+            got = None if context is None else tuple(context.shape)
+            raise ValueError(f"context must be {f'of shape {(batch, size)}' if size else None}, got {got}")
+        return self.context(context.to(self.context.weight.dtype))
 
     def _augmentation(self, augment: Tensor, batch: int) -> Tensor:
         if self.augment is None:

@@ -80,6 +80,7 @@ class UNet(LevelUNet):
         checkpointing: recompute activations in the backward pass in training mode: less memory, one more
             forward pass.
         skip_rescale: divide residual sums by sqrt(2) (Song et al. 2021).
+        context_dim: length of a vector ``context`` of which a linear map is added to the condition vector; 0 for none.
         unshuffle: squares of so many pixels become the channels of one position, and the last layer, then a 1x1
             convolution, gives all of theirs (Hoogeboom et al. 2023, "simple diffusion", sec. 3.3): the finest
             level has ``1 / unshuffle^2`` of the positions, at as much of the cost. 1 for none.
@@ -116,6 +117,7 @@ class UNet(LevelUNet):
         checkpointing: bool = False,
         skip_rescale: bool = False,
         unshuffle: int = 1,
+        context_dim: int = 0,
     ) -> None:
         config = constructor_arguments(UNet, locals())
         positive_int("channels", channels)
@@ -157,7 +159,7 @@ class UNet(LevelUNet):
             levels=levels,
             blocks_per_level=blocks_per_level,
             middle=[stage(widths[-1], widths[-1], middle_attention), stage(widths[-1], widths[-1], False)],
-            condition=ConditionEmbedding(features, condition, num_classes),
+            condition=ConditionEmbedding(features, condition, num_classes, context_dim=context_dim),
             groups=groups,
             checkpointing=checkpointing,
             out_kernel=3 if unshuffle == 1 else 1,
@@ -169,7 +171,9 @@ class UNet(LevelUNet):
         self.input_fourier = fourier
         self.coordinates = coordinates
 
-    def forward(self, x: Tensor, c: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, c: Tensor, y: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
         """The network's output.
 
         Args:
@@ -177,6 +181,7 @@ class UNet(LevelUNet):
             c: (B,), the noise level in the units the embedding was built for.
             y: (B,) int64 labels in [0, num_classes], num_classes meaning "no class"; None for no class at
                 all.
+            context: (B, context_dim), if there is one.
 
         Returns:
             (B, out_channels, H, W), in the dtype of x.
@@ -186,7 +191,7 @@ class UNet(LevelUNet):
         features = self._features(x)
         if self.unshuffle > 1:
             features = pixel_unshuffle(features, self.unshuffle)
-        h = self.through_levels(features, self.condition(c, y, x.shape[0]))
+        h = self.through_levels(features, self.condition(c, y, x.shape[0], context=context))
         if self.unshuffle > 1:
             h = pixel_shuffle(h, self.unshuffle)
         return h[:, :, :height, :width].to(x.dtype)

@@ -146,6 +146,7 @@ def describe(model: ScoreModel) -> dict[str, Any]:
         },
         "levels": model.levels if isinstance(model, QuantizedScoreModel) else None,
         "level_features": isinstance(model, QuantizedScoreModel) and model.level_features,
+        "level_counts": isinstance(model, QuantizedScoreModel) and model.level_counts,
         "parametrization": model.parametrization.name,
         "conditioning": model.conditioning.name,
         "input_scaling": model.input_scaling.name,
@@ -177,7 +178,9 @@ def build(description: Mapping[str, Any], device: str = "cpu") -> ScoreModel:
             description["levels"],
             conditioning=told,
             sigma_data=sigma_data,
-            level_features=description.get("level_features", False),  # files of earlier versions do not say
+            # Files of earlier versions do not say.
+            level_features=description.get("level_features", False),
+            level_counts=description.get("level_counts", False),
         )
     if description["input_scaling"] not in _SCALINGS:
         raise unknown_name("input_scaling", description["input_scaling"], _SCALINGS)
