@@ -41,6 +41,7 @@ from sde_diffusion.ends import prior_mismatch, truncation_offset
 from sde_diffusion.importance_bound import PathWeights, importance_bound
 from sde_diffusion.learned_schedule import LearnedSchedule
 from sde_diffusion.learned_variance import LearnedVarianceModel
+from sde_diffusion.level_features import level_counts, level_feature_count, level_features
 from sde_diffusion.likelihood import (
     Likelihood,
     bits_per_dim,
@@ -86,7 +87,6 @@ from sde_diffusion.predictors import (
     TorchSDE,
     UniPC,
 )
-from sde_diffusion.level_features import level_feature_count, level_features
 from sde_diffusion.quantized import QuantizedScoreModel
 from sde_diffusion.sampling import SampleOutput, sample
 from sde_diffusion.scipy_ode import ScipyRK45

@@ -99,7 +99,8 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
             "what the network predicts: noise, data, score, v, edm, or levels (grey levels, for images of few)",
         ),
         "level_features": Key(
-            False, "parametrization levels: show the network what each pixel says of its level, sharp to the digit"
+            False,
+            "parametrization levels: show the network what each pixel says of its level, sharp to the digit",
         ),
         "level_counts": Key(False, "parametrization levels: levels that the image has become more likely"),
         "conditioning": Key("log_noise", "what the network is told of the time: log_noise or time"),

@@ -1,15 +1,16 @@
 """What noisy pixels say of their grey levels: as channels for a network, and counted over the image.
 
-For one pixel ``y = x_0 + s u``, ``u ~ N(0, 1)``, and levels k in cells of width ``2 / K`` that are all as likely (0 .. K - 1
-over [-1, 1], and on beyond it),
+For one pixel ``y = x_0 + s u``, ``u ~ N(0, 1)``, and levels k in cells of width ``2 / K`` that are all as likely
+(0 .. K - 1 over [-1, 1], and on beyond it),
 
     E[cos(2 pi k / P) | y],   E[sin(2 pi k / P) | y],       P = 2, 4, 8, .. up to the first that is >= K.
 
-Fourier features of the *level* in place of the input's own (Kingma et al. 2021, "Variational diffusion models", app. C,
-take ``sin(2^n pi x)``): a network sees two neighbouring levels, which differ by 1/128 in x, as far apart, however coarse
-its arithmetic. The expectation makes them smooth on the scale of the noise (a derivative of at most about 1 / s) and 0
-where a level cannot be told, so that they add no noise of their own, nor stiffness to an ODE. Where noise is low, they
-are those of the level to the digit: where in its cell a uniformly dequantized value lies, is no information.
+Fourier features of the *level* in place of the input's own (Kingma et al. 2021, "Variational diffusion models",
+app. C, take ``sin(2^n pi x)``): a network sees two neighbouring levels, which differ by 2 / K in x, as far apart,
+however coarse its arithmetic. The expectation makes them smooth on the scale of the noise (a derivative of at most
+about 1 / s) and 0 where a level cannot be told, so that they add no noise of their own, nor stiffness to an ODE.
+Where noise is low, they are those of the level to the digit: where in its cell a uniformly dequantized value lies
+is no information.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ def level_features(y: Tensor, s: Tensor, levels: int) -> Tensor:
         period 4 on (the sine of period 2 is 0).
     """
     position, spread = _in_levels(y, s, levels)
-    frequencies = (2 * math.pi) / 2.0 ** torch.arange(1, _octaves(levels) + 1, dtype=torch.float64, device=y.device)
+    frequencies = (2 * math.pi) / 2.0 ** torch.arange(
+        1, _octaves(levels) + 1, dtype=torch.float64, device=y.device
+    )
     smooth = _smooth(position, spread.clamp_min(_SMOOTH), frequencies)
     sharp = _sharp(position, spread.clamp_max(_SMOOTH), frequencies)
     both = torch.where((spread < _SMOOTH)[..., None], sharp, smooth).movedim(-1, 2)
@@ -58,8 +61,8 @@ def level_counts(y: Tensor, s: Tensor, levels: int) -> Tensor:
         c_k = f(s) sum_pixels P(level k | y),       f = (1 - (2 s / (3 w))^2)^2,   0 from s = 1.5 w on,   w = 2 / K.
 
     Images often have few of the possible levels, or many pixels of some (a scanner's, a palette's); those that the
-    others have are more likely for a pixel too, as words that a text has used are (Grave et al. 2017, "Improving neural
-    language models with a continuous cache").
+    other pixels have are more likely for a pixel too, as words that a text has used are (Grave et al. 2017,
+    "Improving neural language models with a continuous cache").
 
     Args:
         y, s, levels: as for :func:`level_features`.

@@ -31,7 +31,6 @@ from sde_diffusion.score import LOG_NOISE, Conditioning, ScoreModel
 from sde_diffusion.sdes import SDE
 from sde_diffusion.tensors import batched_time, expand
 
-
 _COUNT_WEIGHTS = 2
 
 
@@ -54,9 +53,9 @@ class QuantizedScoreModel(ScoreModel):
         sde: the forward process.
         levels: the number of grey levels of data ``2 (k + u) / levels - 1``.
         level_counts: levels that the image has become more likely. Of their counts c_k, see
-            :func:`~sde_diffusion.level_features.level_counts`, the network is told ``context = log(1 + c)``, (B, C *
-            levels), and it gives two weights more for each channel, ``v_1`` and ``v_2``: ``logit_k + v_1 log(1 + c_k) +
-            v_2 log(1 + 10 c_k)`` takes the place of ``logit_k``.
+            :func:`~sde_diffusion.level_features.level_counts`, the network is told ``context = log(1 + c)``, (B,
+            C * levels), and it gives two weights more for each channel, ``v_1`` and ``v_2``:
+            ``logit_k + v_1 log(1 + c_k) + v_2 log(1 + 10 c_k)`` takes the place of ``logit_k``.
         level_features: append :func:`~sde_diffusion.level_features.level_features` of the state to the network's
             input, which then has C (1 + level_feature_count(levels)) channels.
         conditioning, sigma_data, autocast: as for ``ScoreModel``.

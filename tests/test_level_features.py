@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch.testing import assert_close
 
 import sde_diffusion as sd
 from sde_diffusion.build import DataInfo, score_model
+from sde_diffusion.cells import expected_noise
 from sde_diffusion.config import changed
+from sde_diffusion.networks import DiT, UNet
 
 OCTAVES = {2: 1, 17: 5, 256: 8}
 
@@ -83,6 +86,42 @@ def test_derivatives_are_those_of_the_sum_and_no_steeper_than_the_noise(cells: f
     assert_close((along * weights).sum(1).double(), found[:, 0], atol=1e-3, rtol=1e-4)
 
 
+@pytest.mark.parametrize("levels", [17, 256])
+@pytest.mark.parametrize("cells", [0.01, 0.4, 1.2])
+def test_counts_are_the_expected_numbers_of_pixels(levels: int, cells: float) -> None:
+    y = 2.2 * torch.rand(2, 3, 6, 5, dtype=torch.float64) - 1.1
+    s = torch.tensor(
+        [2 * cells / levels, 3.1 / levels], dtype=torch.float64
+    )  # the second: 1.55 cells, too much noise
+    edges = 2 * torch.arange(levels + 1, dtype=torch.float64) / levels - 1
+    masses = torch.special.ndtr((edges - y[0, ..., None]) / s[0]).diff(dim=-1).sum((1, 2))
+    found = sd.level_counts(y, s, levels)
+    assert found.shape == (2, 3, levels)
+    assert_close(found[0].double(), masses * (1 - (cells / 1.5) ** 2) ** 2, atol=1e-4, rtol=1e-5)
+    assert not found[1].any()
+
+
+def test_counts_without_noise_are_those_of_the_image() -> None:
+    x = torch.randint(0, 17, (2, 1, 8, 8))
+    y = (2 * (x + 0.05 + 0.9 * torch.rand(x.shape, dtype=torch.float64)) / 17) - 1
+    found = sd.level_counts(y, torch.full((2,), 1e-5, dtype=torch.float64), 17)
+    for image, counts in zip(x, found, strict=True):
+        assert_close(counts[0], image.flatten().bincount(minlength=17).float(), atol=1e-4, rtol=0)
+
+
+def test_counts_do_not_depend_on_the_batch_and_have_derivatives() -> None:
+    y = torch.rand(3, 1, 4, 4, dtype=torch.float64) * 2 - 1
+    s = torch.tensor([0.001, 0.005, 0.02], dtype=torch.float64)
+    alone = torch.cat([sd.level_counts(y[i : i + 1], s[i : i + 1], 64) for i in range(3)])
+    assert torch.equal(sd.level_counts(y, s, 64), alone)
+    weights = torch.randn(3, 1, 64)
+    total = lambda state: (sd.level_counts(state, s, 64) * weights).sum()  # noqa: E731
+    (slope,) = torch.autograd.grad(total(y.requires_grad_()), y)
+    direction = torch.randn_like(y)
+    _, along = torch.func.jvp(total, (y.detach(),), (direction,))
+    assert_close(along.double(), (slope * direction).sum(), rtol=1e-4, atol=1e-3)
+
+
 class Seen(nn.Module):
     """Gives logits that depend on everything it sees, and keeps it."""
 
@@ -90,8 +129,8 @@ class Seen(nn.Module):
         super().__init__()
         self.mix = nn.Conv2d(inputs, outputs, 3, padding=1)
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        self.x = x
+    def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
+        self.x, self.context = x, context
         return self.mix(x)
 
 
@@ -110,10 +149,67 @@ def test_a_model_shows_them_to_its_network_beside_the_scaled_state() -> None:
     assert_close(net.x[:, :1], plain.net.x)
 
 
-def test_the_divergence_sees_through_them() -> None:
-    """The exact divergence against finite differences: the features' slopes are part of it."""
+def test_levels_that_the_image_has_become_more_likely() -> None:
+    """By hand: with weights of nothing but the counts, the logits are their logarithms."""
+
+    class Weights(nn.Module):
+        def forward(self, x: Tensor, c: Tensor, context: Tensor) -> Tensor:
+            self.context = context
+            output = x.new_zeros(len(x), 19, *x.shape[2:])
+            output[:, 17], output[:, 18] = 0.75, -0.25
+            return output
+
+    net = Weights()
+    model = sd.QuantizedScoreModel(net, sd.VP(), 17, level_counts=True)
+    x, t = torch.rand(2, 1, 4, 4) * 2 - 1, torch.tensor([1e-4, 1e-3], dtype=torch.float64)
+    alpha, sigma = sd.VP().alpha(t), sd.VP().sigma(t)
+    y = x.double() / alpha.reshape(-1, 1, 1, 1)
+    counts = sd.level_counts(y, sigma / alpha, 17)
+    model(x, t)
+    assert_close(net.context, counts.log1p().flatten(1))
+    logits = 0.75 * counts.log1p() - 0.25 * (10 * counts).log1p()
+    wanted = expected_noise(logits[:, :, None, None].expand(2, 1, 4, 4, 17), y, sigma / alpha)
+    assert_close(model.predict_noise(x, t), wanted)
+
+
+def test_a_wrong_number_of_outputs_or_a_missing_context_is_named() -> None:
+    model = sd.QuantizedScoreModel(Seen(1, 17), sd.VP(), 17, level_counts=True)
+    with pytest.raises(ValueError, match=r"output of shape \(2, 19, 4, 4\), got \(2, 17, 4, 4\)"):
+        model(torch.randn(2, 1, 4, 4), torch.tensor(0.1))
+    net = UNet(1, out_channels=19, channels=8, channel_multipliers=(1,), blocks_per_level=1, context_dim=17)
+    x, c = torch.randn(2, 1, 4, 4), torch.zeros(2)
+    with pytest.raises(ValueError, match=r"context must be of shape \(2, 17\), got None"):
+        net(x, c)
+    with pytest.raises(ValueError, match=r"context must be of shape \(2, 17\), got \(2, 16\)"):
+        net(x, c, context=torch.zeros(2, 16))
+    with pytest.raises(ValueError, match=r"context must be None, got \(2, 17\)"):
+        UNet(1, channels=8, channel_multipliers=(1,), blocks_per_level=1)(x, c, context=torch.zeros(2, 17))
+
+
+@pytest.mark.parametrize("network", [UNet, DiT])
+def test_a_context_changes_what_a_network_gives_once_it_is_trained(network: Any) -> None:
+    small = (
+        {"channels": 8, "channel_multipliers": (1,), "blocks_per_level": 1}
+        if network is UNet
+        else {"depth": 1}
+    )
+    net = network(1, context_dim=5, **small)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, c = torch.randn(1, 1, 4, 4).expand(2, 1, 4, 4), torch.zeros(2)
+    same, other = torch.zeros(2, 5), torch.tensor([[0.0] * 5, [0.0, 1.0, 0.0, -1.0, 2.0]])
+    assert_close(*net(x, c, context=same))
+    first, second = net(x, c, context=other)
+    assert (first - second).abs().max() > 1e-3
+    assert_close(first, net(x, c, context=same)[0])
+
+
+@pytest.mark.parametrize("counts", [False, True])
+def test_the_divergence_sees_through_them(counts: bool) -> None:
+    """The exact divergence against finite differences: the features' and counts' slopes are part of it."""
     torch.manual_seed(3)
-    model = sd.QuantizedScoreModel(Seen(10, 17).double(), sd.VP(), 17, level_features=True)
+    net = Seen(10, 19 if counts else 17).double()
+    model = sd.QuantizedScoreModel(net, sd.VP(), 17, level_features=True, level_counts=counts)
     model._input = lambda *a: sd.QuantizedScoreModel._input(model, *a).double()  # type: ignore[method-assign]
     x, t = 0.5 * torch.randn(1, 1, 3, 3, dtype=torch.float64), torch.tensor([0.01], dtype=torch.float64)
     jacobian = torch.func.jacrev(lambda state: model(state, t).flatten())(x).reshape(9, 9)
@@ -126,12 +222,16 @@ def test_the_divergence_sees_through_them() -> None:
         assert_close(jacobian[:, i], difference, atol=0.02, rtol=2e-3)
 
 
-def test_a_config_builds_the_network_that_takes_them() -> None:
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_a_config_builds_the_network_that_takes_them(network: str) -> None:
     info = DataInfo("digits", (1, 8, 8), 17, 10)
-    config = changed({"model.level_features": True, "model.channels": 8})
+    config = changed({"model.name": network, "model.channels": 8, "model.depth": 1})
+    config.model.level_features = config.model.level_counts = True
     model = score_model(config, info)
     assert model.level_features
-    assert model.net.in_channels == 10
+    assert model.level_counts
+    assert (model.net.in_channels, model.net.out_channels) == (10, 19)
     assert model(torch.randn(2, 1, 8, 8), torch.tensor(0.3)).shape == (2, 1, 8, 8)
     config.model.parametrization = "noise"
     assert score_model(config, info).net.in_channels == 1
+    assert score_model(config, info).net.condition.context is None

@@ -81,6 +81,9 @@ MODELS = {
     "level_features": lambda: sd.QuantizedScoreModel(
         UNet(10, out_channels=17, **SMALL), sd.VP(), 17, level_features=True
     ),
+    "level_counts": lambda: sd.QuantizedScoreModel(
+        unet(out_channels=19, context_dim=17), sd.VP(), 17, level_counts=True
+    ),
 }
 
 

@@ -112,8 +112,8 @@ class ConditionEmbedding(nn.Module):
         labels_first: add ``table[y]`` to the features, before the two layers (Karras et al. 2022, SongUNet).
         augment_dim: length of the augmentation labels, of which a linear map is added to the features
             (Karras et al. 2022, app. F); 0 for none.
-        context_dim: length of a vector of anything else that is known of a sample, of which a linear map, which starts at
-            zero, is added; 0 for none.
+        context_dim: length of a vector of anything else that is known of a sample, of which a linear map, which
+            starts at zero, is added; 0 for none.
     """
 
     def __init__(

@@ -80,7 +80,8 @@ class UNet(LevelUNet):
         checkpointing: recompute activations in the backward pass in training mode: less memory, one more
             forward pass.
         skip_rescale: divide residual sums by sqrt(2) (Song et al. 2021).
-        context_dim: length of a vector ``context`` of which a linear map is added to the condition vector; 0 for none.
+        context_dim: length of a vector ``context``, of which a linear map is added to the condition vector; 0 for
+            none.
         unshuffle: squares of so many pixels become the channels of one position, and the last layer, then a 1x1
             convolution, gives all of theirs (Hoogeboom et al. 2023, "simple diffusion", sec. 3.3): the finest
             level has ``1 / unshuffle^2`` of the positions, at as much of the cost. 1 for none.
@@ -171,9 +172,7 @@ class UNet(LevelUNet):
         self.input_fourier = fourier
         self.coordinates = coordinates
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, c: Tensor, y: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output.
 
         Args:
