@@ -175,8 +175,8 @@ def _narrow_cells(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- with derivatives, without a graph
 
-_Slopes = tuple[Tensor, Tensor, Tensor]
-"""``E`` (B, P), ``dE / dlogits`` (B, K, P), ``dE / dy`` (B, P)."""
+_Slopes = tuple[Tensor, Tensor | None, Tensor | None]
+"""``E`` (B, P), ``dE / dlogits`` (B, K, P), ``dE / dy`` (B, P), the latter two where they are wanted."""
 
 
 class _ExpectedNoise(torch.autograd.Function):
@@ -190,18 +190,19 @@ class _ExpectedNoise(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
         levels_first = logits.movedim(-1, 1)
         noise = torch.empty_like(y, dtype=logits.dtype, memory_format=torch.contiguous_format)
-        wanted = any(ctx.needs_input_grad[:2])
-        slopes = torch.empty_like(levels_first) if wanted else None
-        in_y = torch.empty_like(noise) if wanted else None
+        # Training needs no derivative in the state, and it is the dearer one.
+        of_logits, of_y = ctx.needs_input_grad[:2]
+        slopes = torch.empty_like(levels_first) if of_logits or of_y else None
+        in_y = torch.empty_like(noise) if of_y else None
         for rows, method in _groups(s, logits):
             own = levels_first[rows].flatten(2)
-            value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], wanted)
+            value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], slopes is not None, of_y)
             noise[rows] = value.to(noise.dtype).reshape(-1, *noise.shape[1:])
-            if slopes is not None and in_y is not None:
+            if slopes is not None:
                 slopes[rows] = in_logits.reshape(-1, *slopes.shape[1:])
+            if in_y is not None:
                 in_y[rows] = in_state.to(noise.dtype).reshape(-1, *noise.shape[1:])
-        twice = ctx.needs_input_grad[1]
-        ctx.save_for_backward(slopes, in_y, *((logits, y, s) if twice else ()))
+        ctx.save_for_backward(slopes, in_y, *((logits, y, s) if of_y else ()))
         return noise
 
     @staticmethod
@@ -242,7 +243,7 @@ def _groups(s: Tensor, logits: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
                 yield part, method
 
 
-def _parabola(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
+def _parabola(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: bool) -> _Slopes:
     # log mass = -a (centre - y)^2 / (2 s^2) up to what all levels share, mean = a (centre - y) / s.
     levels = logits.shape[1]
     centres = _centres(levels, y.device)
@@ -255,11 +256,14 @@ def _parabola(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slope
     single = centres.to(logits.dtype)
     mean = _over_levels(single, p)
     noise = (a / s)[:, None] * (y - mean.double())
-    if not derivatives:
-        return noise, p, mean
+    if not in_logits:
+        return noise, None, None
     spread = p.mul_(single[:, None] - mean[:, None])
-    variance = inside[:, None] + (a / s).square()[:, None] * _over_levels(single, spread)
-    return noise, spread.mul_(-(a / s).to(p.dtype)[:, None, None]), (1 - variance) / s[:, None]
+    slope = None
+    if in_state:
+        variance = inside[:, None] + (a / s).square()[:, None] * _over_levels(single, spread)
+        slope = (1 - variance) / s[:, None]
+    return noise, spread.mul_(-(a / s).to(p.dtype)[:, None, None]), slope
 
 
 def _over_levels(values: Tensor, p: Tensor) -> Tensor:
@@ -269,7 +273,7 @@ def _over_levels(values: Tensor, p: Tensor) -> Tensor:
     return (p * values[:, None]).sum(1)
 
 
-def _series(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
+def _series(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: bool) -> _Slopes:
     levels = logits.shape[1]
     scaled = (_centres(levels, y.device) / s[:, None]).to(logits.dtype)
     middle = scaled[:, :, None] - (y / s[:, None]).to(logits.dtype)[:, None]
@@ -277,21 +281,23 @@ def _series(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
     log_mass, mean = series(middle, width)
     p = log_mass.add_(logits).softmax(1)
     noise = -(p * mean).sum(1)
-    if not derivatives:
-        return noise, p, mean
+    if not in_logits:
+        return noise, None, None
+    spread = mean.add_(noise[:, None])
+    if not in_state:
+        return noise, p.mul_(spread).neg_(), None
+    slopes = p * spread
     c1, c2, c3 = _cumulants(width)
     m = middle.square_().clamp_max_(_SERIES_REACH)
     # d mean / d middle; where the series is held at its reach, of the line through it.
     within_reach = (30 * c3 * m + 12 * c2) * m
     slope = 1 - 2 * c1 - torch.where(m < _SERIES_REACH, within_reach, (6 * c3 * m + 4 * c2) * m)
-    spread = mean.add_(noise[:, None])
-    within = (p * slope).sum(1)
-    in_logits = p.mul_(spread)
-    between = (in_logits * spread).sum(1)
-    return noise, in_logits.neg_(), (within - between) / s[:, None]
+    within = p.mul_(slope).sum(1)
+    between = (slopes * spread).sum(1)
+    return noise, slopes.neg_(), (within - between) / s[:, None]
 
 
-def _nearby(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
+def _nearby(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: bool) -> _Slopes:
     levels = logits.shape[1]
     # Eight standard deviations to both sides; the wider the cells, the fewer.
     count = min(WINDOW, levels, 2 + math.ceil(float(8 * levels * s.max())))
@@ -303,9 +309,11 @@ def _nearby(logits: Tensor, y: Tensor, s: Tensor, derivatives: bool) -> _Slopes:
     index = first.long() + cells[:-1]
     p = (logits.gather(1, index) + log_mass).softmax(1)
     noise = -(p * mean).sum(1)
-    if not derivatives:
-        return noise, p, mean
-    in_logits = p * (-mean - noise[:, None])
-    whole = torch.zeros_like(logits).scatter_(1, index, in_logits.to(logits.dtype))
+    if not in_logits:
+        return noise, None, None
+    inside = (p * (-mean - noise[:, None])).to(logits.dtype)
+    slopes = torch.zeros_like(logits).scatter_(1, index, inside)
+    if not in_state:
+        return noise, slopes, None
     variance = (p * (truncated_variance(low, high, log_mass, mean) + mean.square())).sum(1) - noise.square()
-    return noise, whole, (1 - variance) / s[:, None]
+    return noise, slopes, (1 - variance) / s[:, None]
