@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from sde_diffusion.networks import UNet, channels_last, narrow_attention
+from sde_diffusion.networks import UNet, channels_last, narrow_attention, native
 from sde_diffusion.networks.blocks import SelfAttention, dropout, normalized
 from sde_diffusion.networks.channels_last import fastest_layout, is_channels_last, norm_silu
 from sde_diffusion.networks.ncsnpp import NCSNpp
@@ -153,11 +154,40 @@ def test_second_and_batched_derivatives(gains: None) -> None:
         assert relative(a.detach(), b.detach()) < 0.02
 
 
+@pytest.fixture(scope="module")
+def without_tiles() -> ctypes.CDLL:
+    """Attention compiled as for a processor that has no matrix tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", " ".join([*native._compiler(), "-mno-amx-bf16"]))  # type: ignore[misc]
+        patch.setattr(native, "load_native", native.load_native.__wrapped__)
+        patch.setattr(narrow_attention, "load_native", native.load_native)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            library = narrow_attention._library.__wrapped__()
+    if library is None:
+        pytest.skip("the compiler is not for processors that could have tiles")
+    return library
+
+
+@pytest.mark.parametrize("tiles", [True, False])
 @pytest.mark.parametrize(
     "scale", [1.0, 12.0, 300.0]
 )  # the latter two with logits whose exponentials overflow
-@pytest.mark.parametrize(("batch", "tokens", "heads"), [(2, 64, 3), (1, 37, 2), (3, 5, 1)])
-def test_narrow_attention_is_the_formula(scale: float, batch: int, tokens: int, heads: int) -> None:
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads"), [(2, 64, 3), (1, 37, 2), (3, 5, 1), (1, 16, 2), (1, 97, 1)]
+)
+def test_narrow_attention_is_the_formula(
+    tiles: bool,
+    scale: float,
+    batch: int,
+    tokens: int,
+    heads: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not tiles:
+        library = request.getfixturevalue("without_tiles")
+        monkeypatch.setattr(narrow_attention, "_library", lambda: library)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(batch, tokens, 24 * heads, generator=generator)
     qkv[..., : 16 * heads] *= scale**0.5

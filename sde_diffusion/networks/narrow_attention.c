@@ -52,29 +52,33 @@ INLINE floats product(const floats *columns, const float *row) {
     return sum;
 }
 
-INLINE float largest_norm(const float *rows, int64_t tokens) {
+INLINE float largest_norm(const bf16 *from, int64_t stride, int64_t tokens) {
     float largest = 0.0f;
     for (int64_t t = 0; t < tokens; t++) {
         float square = 0.0f;
-        for (int d = 0; d < D; d++) square += rows[t * D + d] * rows[t * D + d];
+        for (int d = 0; d < D; d++) square += widen(from[t * stride + d]) * widen(from[t * stride + d]);
         largest = square > largest || square != square ? square : largest;
     }
     return sqrtf(largest);
 }
 
+/* Whether all logits are so small that exponentials need no shift, by Cauchy and Schwarz. */
+INLINE int safe(const bf16 *qkv, int64_t stride, int64_t tokens, int64_t channels) {
+    float reach = largest_norm(qkv, stride, tokens) * largest_norm(qkv + channels, stride, tokens);
+    return reach * (LOG2E / sqrtf((float)D)) < SAFE;
+}
+
 INLINE void forward_head(const bf16 *qkv, bf16 *out, float *logs, int64_t tokens, int64_t padded, int64_t channels,
-                         float *room) {
+                         int shifted, float *room) {
     int64_t size = D * padded;
     float *q = room, *k = room + size, *v = room + 2 * size, *rows = room + 3 * size, *columns = room + 4 * size;
     unpack(qkv, 3 * channels, tokens, padded, LOG2E / sqrtf((float)D), rows, q);
-    float reach = largest_norm(rows, tokens);
     unpack(qkv + channels, 3 * channels, tokens, padded, 1.0f, k, columns);
-    reach *= largest_norm(k, tokens); /* no logit is larger, by Cauchy and Schwarz */
     unpack(qkv + 2 * channels, 3 * channels, tokens, padded, 1.0f, v, columns);
     for (int64_t start = 0; start < padded; start += LANES) {
         floats queries[D], sums[D], total = {0}, shift = {0};
         for (int d = 0; d < D; d++) queries[d] = at(q + d * padded + start), sums[d] = (floats){0};
-        if (!(reach < SAFE)) {
+        if (shifted) {
             shift = product(queries, k);
             for (int64_t t = 1; t < tokens; t++) {
                 floats s = product(queries, k + t * D);
@@ -145,20 +149,39 @@ INLINE void backward_head(const bf16 *qkv, const bf16 *out, const bf16 *grad, co
         }
 }
 
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#include "narrow_attention_tiles.h"
+#else
+#define tiles_allowed() 0
+#endif
+
+/* Memory for one head, zero; a multiple of a tile's row. */
+INLINE void *make_room(int64_t bytes) {
+    size_t size = (size_t)(bytes + 63) / 64 * 64;
+    void *room = aligned_alloc(64, size);
+    return room ? memset(room, 0, size) : NULL;
+}
+
 /* logs: (images, heads, tokens), a result, to base 2; may be NULL. Returns 0, or 1 without memory. */
 int narrow_attention(const bf16 *qkv, bf16 *out, float *logs, int64_t images, int64_t tokens, int64_t heads, int threads) {
-    int64_t padded = (tokens + LANES - 1) / LANES * LANES, channels = heads * D;
-    int failed = 0;
+    int64_t padded = (tokens + 2 * LANES - 1) / (2 * LANES) * (2 * LANES), channels = heads * D;
+    int failed = 0, tiles = tiles_allowed();
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t index = 0; index < images * heads; index++) {
         FLUSH;
-        float *room = calloc(5 * D * padded, sizeof(float));
+        float *room = make_room(5 * D * padded * (int64_t)sizeof(float));
         if (room) {
             int64_t first = index / heads * tokens, head = index % heads * D;
             const bf16 *from = qkv + first * 3 * channels + head;
             bf16 *to = out + first * channels + head;
             float *log = logs ? logs + index * tokens : NULL;
-            forward_head(from, to, log, tokens, padded, channels, room);
+            int shifted = !safe(from, 3 * channels, tokens, channels);
+#ifdef TILES
+            if (tiles && !shifted) {
+                TILES(FORWARD, forward_tiles(from, to, log, tokens, padded, channels, (bf16 *)room));
+            } else
+#endif
+                forward_head(from, to, log, tokens, padded, channels, shifted, room);
         } else {
 #pragma omp atomic write
             failed = 1;
@@ -166,24 +189,30 @@ int narrow_attention(const bf16 *qkv, bf16 *out, float *logs, int64_t images, in
         free(room);
         RESTORE;
     }
+    (void)tiles;
     return failed;
 }
 
 /* of_qkv: like qkv, the derivative for the gradient grad of the result. */
 int narrow_attention_backward(const bf16 *qkv, const bf16 *out, const bf16 *grad, const float *logs, bf16 *of_qkv,
                               int64_t images, int64_t tokens, int64_t heads, int threads) {
-    int64_t padded = (tokens + LANES - 1) / LANES * LANES, channels = heads * D;
-    int failed = 0;
+    int64_t padded = (tokens + 2 * LANES - 1) / (2 * LANES) * (2 * LANES), channels = heads * D;
+    int failed = 0, tiles = tiles_allowed();
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t index = 0; index < images * heads; index++) {
         FLUSH;
-        float *room = calloc((9 * D + 2 + 2 * LANES) * padded, sizeof(float));
+        float *room = make_room((9 * D + 2 + 2 * LANES) * padded * (int64_t)sizeof(float));
         if (room) {
             int64_t first = index / heads * tokens, head = index % heads * D, at = first * channels + head;
             const bf16 *from = qkv + first * 3 * channels + head;
             bf16 *to = of_qkv + first * 3 * channels + head;
             const float *log = logs + index * tokens;
-            backward_head(from, out + at, grad + at, log, to, tokens, padded, channels, room);
+#ifdef TILES
+            if (tiles) {
+                TILES(BACKWARD, backward_tiles(from, out + at, grad + at, log, to, tokens, padded, channels, (bf16 *)room));
+            } else
+#endif
+                backward_head(from, out + at, grad + at, log, to, tokens, padded, channels, room);
         } else {
 #pragma omp atomic write
             failed = 1;
@@ -191,5 +220,6 @@ int narrow_attention_backward(const bf16 *qkv, const bf16 *out, const bf16 *grad
         free(room);
         RESTORE;
     }
+    (void)tiles;
     return failed;
 }
