@@ -24,7 +24,7 @@ from torch import Tensor
 import sde_diffusion as sd
 from sde_diffusion.cells import truncated_normal
 from sde_diffusion.data import to_model
-from sde_diffusion.devices import choose_precision
+from sde_diffusion.devices import PRECISIONS, choose_precision
 from sde_diffusion.losses import LogSNRUniformTime, StratifiedDraw
 from sde_diffusion.tensors import expand
 
@@ -70,15 +70,19 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--width", type=float, default=2.0, help="of a band of log-SNR")
-    parser.add_argument("--precision", default="float32", help="of the network: float32, bfloat16 or auto")
+    parser.add_argument("--precision", default="float32", choices=PRECISIONS, help="of the network")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     runs = [sd.load(folder, device="cpu") for folder in given.workdirs]
-    if any(run.sde != runs[0].sde for run in runs):
-        parser.error("the runs have different SDEs")
+    for folder, run in zip(given.workdirs, runs, strict=True):
+        if run.info.levels is None or run.model.net.condition.num_classes is not None:
+            parser.error(f"{folder} is no run of images without labels")
+        if run.sde != runs[0].sde or not torch.equal(run.data.test, runs[0].data.test):
+            parser.error(f"{folder} has another SDE or other test images than {given.workdirs[0]}")
     found = [excess(run, given.images, given.precision, given.seed) for run in runs]
     log_snr = found[0][0]
-    span = float(log_snr.max() - log_snr.min())
+    sde = runs[0].sde
+    span = float(-sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).diff())
     bits = [values * span / (2 * math.log(2)) for _, values in found]
     print("| log-SNR |", " | ".join(folder.name for folder in given.workdirs), "|")
     print("|---|" + "---|" * len(bits))

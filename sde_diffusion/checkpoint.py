@@ -12,12 +12,15 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from sde_diffusion.config import default_config
 
 __all__ = [
     "CheckpointError",
@@ -271,6 +274,11 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 _ABSENT = object()
 
 
+@lru_cache
+def _defaults() -> dict[str, Any]:
+    return _flatten(plain(default_config()))
+
+
 def config_differences(saved: Any, current: Any, may_change: Iterable[str] = ()) -> list[str]:
     """How two nested configs differ, one line per key: ``training.seed: 0 in the checkpoint, 1 now``.
 
@@ -283,8 +291,8 @@ def config_differences(saved: Any, current: Any, may_change: Iterable[str] = ())
     free = tuple(may_change)
 
     def counts(key: str) -> bool:
-        if before.get(key, _ABSENT) is _ABSENT and now[key] is None:
-            return False  # a key that the version of the checkpoint did not have, and that is not set
+        if key not in before and now[key] == _defaults().get(key):
+            return False  # a key that the version of the checkpoint did not have; its default is what was done then
         return not any(key == name or key.startswith(f"{name}.") for name in free)
 
     def text(value: Any) -> str:

@@ -45,13 +45,16 @@ def level_features(y: Tensor, s: Tensor, levels: int) -> Tensor:
         period 4 on (the sine of period 2 is 0).
     """
     position, spread = _in_levels(y, s, levels)
-    frequencies = (2 * math.pi) / 2.0 ** torch.arange(
-        1, _octaves(levels) + 1, dtype=torch.float64, device=y.device
-    )
+    with torch.autocast(y.device.type, enabled=False):
+        return _features(position, spread, _octaves(levels))
+
+
+def _features(position: Tensor, spread: Tensor, octaves: int) -> Tensor:
+    periods = 2.0 ** torch.arange(1, octaves + 1, dtype=torch.float64, device=position.device)
+    frequencies = 2 * math.pi / periods
     smooth = _smooth(position, spread.clamp_min(_SMOOTH), frequencies)
     sharp = _sharp(position, spread.clamp_max(_SMOOTH), frequencies)
     both = torch.where((spread < _SMOOTH)[..., None], sharp, smooth).movedim(-1, 2)
-    octaves = len(frequencies)
     return torch.cat([both[:, :, :octaves], both[:, :, octaves + 1 :]], 2).flatten(1, 2)
 
 
@@ -60,9 +63,10 @@ def level_counts(y: Tensor, s: Tensor, levels: int) -> Tensor:
 
         c_k = f(s) sum_pixels P(level k | y),       f = (1 - (2 s / (3 w))^2)^2,   0 from s = 1.5 w on,   w = 2 / K.
 
-    Images often have few of the possible levels, or many pixels of some (a scanner's, a palette's); those that the
-    other pixels have are more likely for a pixel too, as words that a text has used are (Grave et al. 2017,
-    "Improving neural language models with a continuous cache").
+    Images often have few of the possible levels, or many pixels of some (a scanner's, a palette's); those that other
+    pixels have are more likely for a pixel too, as words that a text has used are (Grave et al. 2017, "Improving
+    neural language models with a continuous cache"). The pixel itself is counted with them: what is known of it is
+    known anyway.
 
     Args:
         y, s, levels: as for :func:`level_features`.
@@ -83,6 +87,8 @@ def level_counts(y: Tensor, s: Tensor, levels: int) -> Tensor:
 
 def _in_levels(y: Tensor, s: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """``y`` on a scale where cell k has its centre at k, and the noise's standard deviation there."""
+    if levels < 2:
+        raise ValueError(f"levels must be an integer >= 2, got {levels!r}")
     return (y + 1) * (levels / 2) - 0.5, expand(s * (levels / 2), y)
 
 
@@ -91,9 +97,11 @@ def _octaves(levels: int) -> int:
 
 
 def _smooth(position: Tensor, spread: Tensor, frequencies: Tensor) -> Tensor:
-    """Noise of many cells: the level is the position, but for an error that is uniform within half a cell."""
+    """Noise of many cells: the first term of the Fourier series in the position; of period 2 the first two, which are
+    alike."""
     half = frequencies / 2
-    size = (half.sin() / half * (-0.5 * (frequencies * spread[..., None]).square()).exp()).float()
+    size = half.sin() / half * (-0.5 * (frequencies * spread[..., None]).square()).exp()
+    size = (size * (1 + (frequencies == math.pi))).float()
     angle = (position[..., None] * frequencies).float()
     return torch.cat([size * angle.cos(), size * angle.sin()], -1)
 
@@ -102,7 +110,10 @@ def _sharp(position: Tensor, spread: Tensor, frequencies: Tensor) -> Tensor:
     """Noise of few cells: the sum over those nearby, turned by the angle of the first of them."""
     first, masses = _nearby(position, spread)
     angles = torch.arange(_CELLS, dtype=torch.float64, device=position.device)[:, None] * frequencies
-    cosine, sine = (masses @ torch.cat([angles.cos(), angles.sin()], -1).float()).chunk(2, -1)
+    turns = torch.cat([angles.cos(), angles.sin()], -1)
+    # On a GPU not in float32, of which a product of matrices may keep ten bits there.
+    exact = torch.float32 if masses.device.type == "cpu" else torch.float64
+    cosine, sine = (masses.to(exact) @ turns.to(exact)).float().chunk(2, -1)
     start = first[..., None] * frequencies
     c, s = start.cos().float(), start.sin().float()
     return torch.cat([c * cosine - s * sine, s * cosine + c * sine], -1)

@@ -106,6 +106,8 @@ class QuantizedScoreModel(ScoreModel):
         y, s = y / expand(alpha, y), sigma / alpha
         counts = level_counts(y, s, self.levels) if self.level_counts else None
         if counts is not None:
+            if "context" in cond:
+                raise ValueError("the context of a network with level_counts is the counts: give none")
             cond = cond | {"context": counts.log1p().flatten(1)}
         output = self._output(x, t, alpha, sigma, cond).unflatten(1, (x.shape[1], -1))
         logits = output if counts is None else self._with_counts(output, counts)
@@ -115,7 +117,8 @@ class QuantizedScoreModel(ScoreModel):
         """The logits (B, C, K, *S) from what the network gives, (B, C, K + 2, *S)."""
         logits, weights = output.split([self.levels, _COUNT_WEIGHTS], 2)
         seen = torch.stack([counts.log1p(), (10 * counts).log1p()], -1).to(logits.dtype)
-        return logits + (seen @ weights.flatten(3)).reshape(logits.shape)
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits + (seen @ weights.flatten(3)).reshape(logits.shape)
 
     def predict_data(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The denoised data ``E[x_0 | x_t = x]``, (B, C, *S)."""

@@ -47,7 +47,8 @@ def test_an_exact_model_has_the_entropy_of_its_levels(
     log_snr, excess = script.excess(
         SimpleNamespace(data=data, model=model, sde=model.sde), 2400, "float32", 1
     )
-    area = (log_snr.max() - log_snr.min()) / (2 * math.log(2)) * excess
+    ends = model.sde.log_snr(torch.tensor([model.sde.t_max, model.sde.t_min], dtype=torch.float64))
+    area = float(ends.diff()) / (2 * math.log(2)) * excess
     ordered = area[log_snr.argsort()]
     error = float(ordered.diff().square().mean() / 2 / len(ordered)) ** 0.5
     entropy = -float((p * p.log2()).sum())

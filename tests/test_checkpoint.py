@@ -20,6 +20,7 @@ from sde_diffusion.checkpoint import (
     versions,
     write_checkpoint,
 )
+from sde_diffusion.config import default_config
 
 
 def state(step):
@@ -231,7 +232,7 @@ def test_config_differences():
         "sampling": {"n": 1},
     }
     current = {
-        "sde": {"name": "vp", "beta_min": 0.1},
+        "sde": {"name": "vp", "beta_min": 0.2},
         "training": {"seed": 1, "log_every": 9},
         "sampling": {"n": 2},
     }
@@ -239,9 +240,19 @@ def test_config_differences():
     assert config_differences(saved, current, ("training.log_every", "sampling")) == [
         "sde.beta_max: 20.0 in the checkpoint, absent now",
         "training.seed: 0 in the checkpoint, 1 now",
-        "sde.beta_min: absent in the checkpoint, 0.1 now",
+        "sde.beta_min: absent in the checkpoint, 0.2 now",
     ]
     assert config_differences({"a": {"bc": 1}}, {"a": {"bc": 2}}, ("a.b",)) != []
+
+
+def test_a_key_that_is_newer_than_the_checkpoint_counts_unless_it_has_its_default():
+    current = default_config().to_dict()
+    saved = default_config().to_dict()
+    del saved["model"]["level_counts"], saved["model"]["unshuffle"], saved["data"]["limit"]
+    assert config_differences(saved, current) == []
+    current["model"]["level_counts"] = True
+    assert config_differences(saved, current) == ["model.level_counts: absent in the checkpoint, True now"]
+    assert config_differences(current | {"old": 1}, current) == ["old: 1 in the checkpoint, absent now"]
 
 
 def test_plain_values_load_without_trust(tmp_path):

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import sde_diffusion as sd
 from sde_diffusion.build import DataInfo, score_model
 from sde_diffusion.cells import expected_noise
-from sde_diffusion.config import changed
+from sde_diffusion.config import UsageError, changed
 from sde_diffusion.networks import DiT, UNet
 
 OCTAVES = {2: 1, 17: 5, 256: 8}
@@ -130,8 +130,12 @@ class Seen(nn.Module):
         self.mix = nn.Conv2d(inputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor, c: Tensor, context: Tensor | None = None) -> Tensor:
-        self.x, self.context = x, context
-        return self.mix(x)
+        self.x = x
+        return (
+            self.mix(x)
+            if context is None
+            else self.mix(x) * (1 + 0.3 * context.sin().mean(1)[:, None, None, None])
+        )
 
 
 def test_a_model_shows_them_to_its_network_beside_the_scaled_state() -> None:
@@ -184,6 +188,37 @@ def test_a_wrong_number_of_outputs_or_a_missing_context_is_named() -> None:
         net(x, c, context=torch.zeros(2, 16))
     with pytest.raises(ValueError, match=r"context must be None, got \(2, 17\)"):
         UNet(1, channels=8, channel_multipliers=(1,), blocks_per_level=1)(x, c, context=torch.zeros(2, 17))
+
+
+def test_autocast_does_not_reach_them() -> None:
+    torch.manual_seed(0)
+    y, s = (
+        torch.rand(2, 1, 4, 4, dtype=torch.float64) * 2 - 1,
+        torch.tensor([1e-3, 0.02], dtype=torch.float64),
+    )
+    model = sd.QuantizedScoreModel(Seen(10, 19), sd.VP(), 17, level_features=True, level_counts=True)
+    plain = sd.level_features(y, s, 256), sd.level_counts(y, s, 256)
+    output, counts = torch.randn(2, 1, 19, 4, 4), sd.level_counts(y, s, 17)
+    logits = model._with_counts(output, counts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sd.level_features(y, s, 256), plain[0])
+        assert torch.equal(sd.level_counts(y, s, 256), plain[1])
+        assert torch.equal(model._with_counts(output, counts), logits)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    y, s = torch.zeros(1, 1, 2, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for function in (sd.level_features, sd.level_counts):
+        with pytest.raises(ValueError, match="levels must be an integer >= 2, got 1"):
+            function(y, s, 1)
+    model = sd.QuantizedScoreModel(Seen(1, 19), sd.VP(), 17, level_counts=True)
+    with pytest.raises(ValueError, match="the context of a network with level_counts is the counts"):
+        model(torch.randn(1, 1, 4, 4), torch.tensor(0.1), context=torch.zeros(1, 17))
+    config = changed({"model.level_features": True, "model.input_fourier": (1, 2)})
+    with pytest.raises(
+        UsageError, match=r"level_features takes the place of input_fourier, got both: .*\(1, 2\)"
+    ):
+        score_model(config, DataInfo("digits", (1, 8, 8), 17, 10))
 
 
 @pytest.mark.parametrize("network", [UNet, DiT])

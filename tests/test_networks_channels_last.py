@@ -123,6 +123,19 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_image(gains: None) -> None
     qkv[0, 5, 2] = torch.nan
     attended = narrow_attention.narrow_attention(qkv, 1)
     assert attended[0, 5].isnan().all() and attended[1].isfinite().all()
+    qkv[0, 5, 2] = 0.0
+    qkv[0, 5, 18] = torch.nan  # in a value, whose channel all queries sum
+    qkv.requires_grad_()
+    attended = narrow_attention.narrow_attention(qkv, 1)
+    assert (
+        attended[0, :, 2].isnan().all()
+        and attended[0, :, 3:].isfinite().all()
+        and attended[1].isfinite().all()
+    )
+    gradient = torch.zeros_like(attended)
+    gradient[1, 7, 4] = torch.nan
+    (slope,) = torch.autograd.grad(narrow_attention.narrow_attention(qkv, 1), qkv, gradient)
+    assert slope[1, :, 20].isnan().all() and slope[1, :, [16, 17, 18, 19, 21, 22, 23]].isfinite().all()
 
 
 def test_second_and_batched_derivatives(gains: None) -> None:

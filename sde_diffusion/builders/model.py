@@ -97,6 +97,10 @@ def _channels(config: ConfigDict, info: DataInfo, dimensions: int) -> dict[str, 
             f"parametrization {LEVELS!r} is for images, not for data set {info.name!r}; use 'noise'"
         )
     features, counts = config.model.level_features, config.model.level_counts
+    if features and config.model.input_fourier is not None:
+        raise ValueError(
+            f"level_features takes the place of input_fourier, got both: True and {config.model.input_fourier!r}"
+        )
     return {
         inputs: channels * inputs_per_channel(info.levels, features),
         outputs: channels * outputs_per_channel(info.levels, counts),

@@ -1,9 +1,16 @@
-/* Self-attention in heads of 8 channels (D), bfloat16 in and out, float within.
+/* Self-attention in heads of 8 channels (D), bfloat16 in and out, float within (but see narrow_attention_tiles.h).
 
    qkv is (images, tokens, 3, heads, D), the result (images, tokens, heads, D). With q scaled by 1 / sqrt(D), of each query
    P = exp(q k - L) over the keys, where L is the logarithm of the sum of exp(q k), and the result is P v. The weights P
    are never written: the derivative makes them anew from L (Dao et al. 2022, "FlashAttention", app. B). A thread takes
    whole heads, 16 queries or keys at a time. */
+
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+#define HAVE_TILES
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "vectors.h"
 
@@ -75,7 +82,7 @@ INLINE void forward_head(const bf16 *qkv, bf16 *out, float *logs, int64_t tokens
     unpack(qkv, 3 * channels, tokens, padded, LOG2E / sqrtf((float)D), rows, q);
     unpack(qkv + channels, 3 * channels, tokens, padded, 1.0f, k, columns);
     unpack(qkv + 2 * channels, 3 * channels, tokens, padded, 1.0f, v, columns);
-    for (int64_t start = 0; start < padded; start += LANES) {
+    for (int64_t start = 0; start < tokens; start += LANES) {
         floats queries[D], sums[D], total = {0}, shift = {0};
         for (int d = 0; d < D; d++) queries[d] = at(q + d * padded + start), sums[d] = (floats){0};
         if (shifted) {
@@ -125,7 +132,7 @@ INLINE void backward_head(const bf16 *qkv, const bf16 *out, const bf16 *grad, co
         for (int d = 0; d < D; d++) along[t] += g_rows[t * D + d] * widen(out[t * channels + d]);
         log[t] = logs[t];
     }
-    for (int64_t start = 0; start < padded; start += LANES) {
+    for (int64_t start = 0; start < tokens; start += LANES) {
         floats queries[D], grads[D], sums[D], shift = at(log + start), drift = at(along + start);
         for (int d = 0; d < D; d++)
             queries[d] = at(q + d * padded + start), grads[d] = at(g + d * padded + start), sums[d] = (floats){0};
@@ -149,7 +156,7 @@ INLINE void backward_head(const bf16 *qkv, const bf16 *out, const bf16 *grad, co
         }
 }
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef HAVE_TILES
 #include "narrow_attention_tiles.h"
 #else
 #define tiles_allowed() 0
@@ -208,7 +215,7 @@ int narrow_attention_backward(const bf16 *qkv, const bf16 *out, const bf16 *grad
             bf16 *to = of_qkv + first * 3 * channels + head;
             const float *log = logs + index * tokens;
 #ifdef TILES
-            if (tiles) {
+            if (tiles && safe(from, 3 * channels, tokens, channels)) { /* logits as the result had them */
                 TILES(BACKWARD, backward_tiles(from, out + at, grad + at, log, to, tokens, padded, channels, (bf16 *)room));
             } else
 #endif

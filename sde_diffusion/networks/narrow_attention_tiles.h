@@ -4,10 +4,6 @@
    A tile holds up to 16 rows of 64 bytes. C += A B takes A as rows of bfloat16 and B in pairs: its row r has the rows 2 r
    and 2 r + 1 of the matrix, interleaved. Channels are padded from 8 to 16 by zeros, tokens to a multiple of 32. */
 
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #define BLOCK 16
 #define WIDE 16 /* channels with their padding */
 
@@ -21,14 +17,22 @@ typedef struct {
 static const layout FORWARD = {1, 0, {0}, {64, 64, 64, 32, 64, 64, 64}, {8, 16, 16, 16, 8, 8, 16}};
 static const layout BACKWARD = {1, 0, {0}, {64, 64, 64, 64, 32, 32, 32, 64}, {8, 8, 8, 16, 16, 16, 8, 16}};
 
-/* Whether the system lets this process use tiles, for which it wants to be asked once. */
-static int tiles_allowed(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+/* Whether the system lets this process use tiles, for which it wants to be asked. */
+static int tiles_allowed(void) {
+    static int answer = -1;
+    if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+    return answer;
+}
 
-/* Does something with tiles of one layout, and leaves the thread's as they were. */
+/* Tiles, and their layout, are written and read behind the compiler's back. */
+#define WRITTEN __asm__ volatile("" ::: "memory")
+
+/* Does something with tiles of one layout, and gives the thread back the layout that it had. */
 #define TILES(wanted, something)                                                                                           \
     do {                                                                                                                   \
         layout before __attribute__((aligned(64)));                                                                        \
         _tile_storeconfig(&before);                                                                                        \
+        WRITTEN;                                                                                                           \
         _tile_loadconfig(&(wanted));                                                                                       \
         something;                                                                                                         \
         if (before.palette)                                                                                                \
@@ -36,9 +40,6 @@ static int tiles_allowed(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0
         else                                                                                                               \
             _tile_release();                                                                                               \
     } while (0)
-
-/* Tiles are read behind the compiler's back. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
 
 /* 2^z to 8e-5, relative, a twentieth of what bfloat16 rounds. */
 INLINE floats coarse_power(floats z) {
@@ -121,6 +122,7 @@ INLINE void forward_tiles(const bf16 *qkv, bf16 *out, float *logs, int64_t token
             _tile_loadd(5, v + key * D, 64);
             _tile_loadd(6, weights, 64);
             _tile_dpbf16ps(0, 5, 6);
+            WRITTEN;
         }
         _tile_stored(0, result, 64);
         for (int i = 0; i < LANES && start + i < tokens; i++) {
@@ -217,6 +219,7 @@ INLINE void backward_tiles(const bf16 *qkv, const bf16 *out, const bf16 *grad, c
             _tile_dpbf16ps(0, 6, 2);
             _tile_loadd(2, slope_pairs[1], 64);
             _tile_dpbf16ps(1, 6, 2);
+            WRITTEN;
         }
         _tile_stored(0, of_q[0], 64);
         _tile_stored(1, of_q[1], 64);
