@@ -15,7 +15,8 @@ import argparse
 import json
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,21 @@ def main() -> None:
         processes(given.jobs, begin, (str(given.workdir),)) as pool,
         open(file, "a", encoding="utf-8") as out,
     ):
-        for start in range(0, len(tasks), 4 * given.jobs):
+
+        def keep(rows: list[Any]) -> None:
+            out.write("".join(json.dumps(row) + "\n" for row in rows))
+            out.flush()
+            kept.extend(rows)
+
+        pending: deque[Future[list[Any]]] = deque()
+        for task in tasks:
             if time.monotonic() > deadline:
                 break
-            for rows in pool.map(work, tasks[start : start + 4 * given.jobs]):
-                out.write("".join(json.dumps(row) + "\n" for row in rows))
-                out.flush()
-                kept += rows
+            pending.append(pool.submit(work, task))
+            if len(pending) > 2 * given.jobs:  # so many ahead that no process waits for another
+                keep(pending.popleft().result())
+        while pending:
+            keep(pending.popleft().result())
     report(kept, total)
 
 
