@@ -1,4 +1,4 @@
-"""MNIST from a folder with its four IDX files: add ``--config.data.path=FOLDER``. Hours on two CPU cores."""
+"""MNIST from a folder with its four IDX files: add ``--config.data.path=FOLDER``. An hour on two cores with AMX."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.channel_multipliers = (1, 2, 2)
     config.model.blocks_per_level = 1
     config.training.batch_size = 64
-    config.training.steps = 6000
+    config.training.steps = 4200
     config.training.optimizer = "muon"
     config.training.learning_rate = 0.01
     # More of the times where the loss can still fall, between noise of a level and of the range.

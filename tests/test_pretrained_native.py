@@ -82,7 +82,11 @@ MODELS = {
         UNet(10, out_channels=17, **SMALL), sd.VP(), 17, level_features=True
     ),
     "level_counts": lambda: sd.QuantizedScoreModel(
-        unet(out_channels=19, context_dim=17), sd.VP(), 17, level_counts=True
+        UNet(10, out_channels=19, context_dim=17, **SMALL),
+        sd.VP(),
+        17,
+        level_features=True,
+        level_counts=True,
     ),
 }
 
@@ -196,7 +200,7 @@ def test_descriptions_that_do_not_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["log_noise", "chain", "levels"])
+@pytest.mark.parametrize("name", ["log_noise", "chain", "level_counts"])
 def test_programs(tmp_path: Path, name: str) -> None:
     model = MODELS[name]().eval()
     for parameter in model.parameters():
