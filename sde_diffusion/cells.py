@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sde_diffusion.narrow_cells import narrow_cells
 from sde_diffusion.tensors import expand
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -194,7 +195,13 @@ class _ExpectedNoise(torch.autograd.Function):
         of_logits, of_y = ctx.needs_input_grad[:2]
         slopes = torch.empty_like(levels_first) if of_logits or of_y else None
         in_y = torch.empty_like(noise) if of_y else None
-        for rows, method in _groups(s, logits):
+        kinds = _kinds(s, logits.shape[-1])
+        if logits.device.type == "cpu":
+            far = (kinds < _NEARBY).nonzero()[:, 0]
+            into = None if slopes is None else slopes.movedim(1, -1)
+            if narrow_cells(logits, y, s, _cumulants(2 / logits.shape[-1] / s), far, noise, into, in_y):
+                kinds[far] = _DONE
+        for rows, method in _groups(kinds, logits):
             own = levels_first[rows].flatten(2)
             value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], slopes is not None, of_y)
             noise[rows] = value.to(noise.dtype).reshape(-1, *noise.shape[1:])
@@ -227,13 +234,20 @@ def _differentiable(
     return of_logits, of_y, None
 
 
-def _groups(s: Tensor, logits: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
-    """Samples that are computed together, and how."""
-    levels = logits.shape[-1]
+_DONE, _NEARBY = -1, 2
+
+
+def _kinds(s: Tensor, levels: int) -> Tensor:
+    """How the samples are computed: 0 by a parabola, 1 by the series, 2 by the cells nearby."""
     width = 2 / levels / s
     # With few levels, cells that the series has to five digits only are computed as they stand.
-    kinds = (width > _SERIES if levels > WINDOW else width > _SERIES / 2).int() + (width > _PARABOLA).int()
-    together = max(1, _CACHED // max(1, logits[:1].numel())) if s.device.type == "cpu" else max(1, len(s))
+    return (width > _SERIES if levels > WINDOW else width > _SERIES / 2).int() + (width > _PARABOLA).int()
+
+
+def _groups(kinds: Tensor, logits: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
+    """Samples that are computed together, and how."""
+    on_cpu = logits.device.type == "cpu"
+    together = max(1, _CACHED // max(1, logits[:1].numel())) if on_cpu else max(1, len(kinds))
     for kind, method in enumerate((_parabola, _series, _nearby)):
         rows = (kinds == kind).nonzero()[:, 0]
         for part in rows.split(together):

@@ -11,7 +11,7 @@ from scipy import integrate, stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from sde_diffusion import cells
+from sde_diffusion import cells, narrow_cells
 from sde_diffusion.cells import expected_noise, series, truncated_normal, truncated_variance
 
 
@@ -119,6 +119,58 @@ def test_training_needs_no_derivative_in_the_state() -> None:
         noise = expected_noise(learned, state, s)
         gradients += [noise.detach(), *torch.autograd.grad(noise.square().sum(), learned)]
     assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
+
+
+def layouts(logits: Tensor) -> dict[str, Tensor]:
+    """Logits (B, C, H, W, K) in the orders in memory that they may come in."""
+    levels_first = logits.movedim(-1, 2).contiguous()
+    wider = torch.cat([levels_first, levels_first[:, :, :2]], 2)
+    return {
+        "as networks give them": levels_first.movedim(2, -1),
+        "a part of what a network gives": wider[:, :, : logits.shape[-1]].movedim(2, -1),
+        "levels last": logits.contiguous(),
+        "channels last": levels_first.flatten(1, 2)
+        .contiguous(memory_format=torch.channels_last)
+        .unflatten(1, levels_first.shape[1:3])
+        .movedim(2, -1),
+    }
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4, 5), (3, 4, 4), (2, 1, 7)])
+def test_float32_on_cpus_in_any_order_of_memory(
+    shape: tuple[int, int, int], in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and derivatives against float64, by C and by torch's operations; what C is for, it does."""
+    if in_c and narrow_cells._library() is None:
+        pytest.skip("no C compiler here, or it is turned off")
+    monkeypatch.setattr(narrow_cells, "_library", narrow_cells._library if in_c else lambda: None)
+    generator = torch.Generator().manual_seed(1)
+    s = torch.logspace(-4, 2, 30, dtype=torch.float64)
+    logits = (3 * torch.randn(30, *shape, 100, generator=generator)).double()
+    y = 2 * torch.rand(30, *shape, generator=generator, dtype=torch.float64) - 1
+    y += s.reshape(-1, 1, 1, 1) * torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    y[:, :, 0, 0] = 40.0  # far outside the data
+    weights = torch.randn(y.shape, generator=generator)
+
+    def everything(logits: Tensor) -> list[Tensor]:
+        inputs = logits.detach().requires_grad_(), y.clone().requires_grad_()
+        noise = expected_noise(*inputs, s)
+        with torch.no_grad():
+            assert torch.equal(expected_noise(*inputs, s), noise)
+        return [noise.detach(), *torch.autograd.grad((noise * weights).sum(), inputs)]
+
+    truth = everything(logits)
+    done = []
+    real = cells.narrow_cells
+    monkeypatch.setattr(cells, "narrow_cells", lambda *given: done.append(real(*given)) or done[-1])
+    for name, given in layouts(logits.float()).items():
+        done.clear()
+        for found, wanted in zip(everything(given), truth, strict=True):
+            scale = wanted.flatten(1).abs().amax(1).clamp_min(1e-6)
+            error = (found.double() - wanted).flatten(1).abs().amax(1) / scale
+            assert float(error.max()) < 5e-5, name
+        assert set(done) == {in_c and not name.endswith("last")}, name
 
 
 def test_second_derivatives_go_through_the_operations() -> None:
