@@ -118,7 +118,8 @@ class QuantizedScoreModel(ScoreModel):
         logits, weights = output.split([self.levels, _COUNT_WEIGHTS], 2)
         seen = torch.stack([counts.log1p(), (10 * counts).log1p()], -1).to(logits.dtype)
         with torch.autocast(logits.device.type, enabled=False):
-            return logits + (seen @ weights.flatten(3)).reshape(logits.shape)
+            parts = (part.flatten(3).flatten(0, 1) for part in (logits, seen, weights))
+            return torch.baddbmm(*parts).reshape(logits.shape)
 
     def predict_data(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """The denoised data ``E[x_0 | x_t = x]``, (B, C, *S)."""
