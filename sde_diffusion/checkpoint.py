@@ -12,15 +12,12 @@ import shutil
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-
-from sde_diffusion.config import default_config
 
 __all__ = [
     "CheckpointError",
@@ -274,25 +271,25 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 _ABSENT = object()
 
 
-@lru_cache
-def _defaults() -> dict[str, Any]:
-    return _flatten(plain(default_config()))
-
-
-def config_differences(saved: Any, current: Any, may_change: Iterable[str] = ()) -> list[str]:
+def config_differences(
+    saved: Any, current: Any, may_change: Iterable[str] = (), defaults: Any = None
+) -> list[str]:
     """How two nested configs differ, one line per key: ``training.seed: 0 in the checkpoint, 1 now``.
 
     Args:
         saved: the config of the checkpoint.
         current: the config of this run.
         may_change: dotted keys, or sections, that do not count (``"training.log_every"``, ``"sampling"``).
+        defaults: a nested config of what keys stand for that the version of the checkpoint did not have; None where
+            it has none.
     """
     before, now = _flatten(plain(saved)), _flatten(plain(current))
+    default = _flatten(plain(defaults or {}))
     free = tuple(may_change)
 
     def counts(key: str) -> bool:
-        if key not in before and now[key] == _defaults().get(key):
-            return False  # a key that the version of the checkpoint did not have; its default is what was done then
+        if key not in before and now[key] == default.get(key):
+            return False  # newer than the checkpoint, and as it was then
         return not any(key == name or key.startswith(f"{name}.") for name in free)
 
     def text(value: Any) -> str:

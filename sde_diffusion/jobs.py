@@ -24,7 +24,7 @@ from sde_diffusion import bound_report, build, evaluation, likelihood_report, pi
 from sde_diffusion.build import DataInfo
 from sde_diffusion.checkpoint import CheckpointError, config_differences, weights_hash
 from sde_diffusion.compare.job import compare_job
-from sde_diffusion.config import UsageError, changed
+from sde_diffusion.config import UsageError, changed, default_config
 from sde_diffusion.data import from_model
 from sde_diffusion.dequantization_loss import FlowModel
 from sde_diffusion.finetuning import load_initial_weights
@@ -116,6 +116,7 @@ def train_job(config: ConfigDict, workdir: str | Path) -> dict[str, Any]:
             config.to_dict() | {"data_info": info.plain()},
             augmentation=augmentation,
             may_change=RESUMABLE_CHANGES,
+            defaults=default_config().to_dict(),
         )
     except ValueError as error:
         raise UsageError(f"config.training: {error}") from error

@@ -12,16 +12,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sde_diffusion.networks import native
-from sde_diffusion.networks.channels_last import pointers
-
-_SOURCE = Path(native.__file__).with_name("narrow_cells.c")
+_SOURCE = Path(__file__).parent / "networks" / "narrow_cells.c"
 _LEAST = 64  # levels from which it is worth a compiler
 
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    library = native.load_native(_SOURCE)
+    from sde_diffusion.networks.native import load_native  # importing the package imports no networks
+
+    library = load_native(_SOURCE)
     if library is not None:
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         library.narrow_cells.argtypes = [*[pointer] * 8, *[size] * 4, ctypes.c_int]
@@ -62,8 +61,9 @@ def narrow_cells(
     levels = logits.shape[-1]
     channels = logits.shape[1] if logits.ndim > 3 else 1
     rows, y = rows.contiguous(), y.contiguous()
+    tensors = (logits, y, rows, table, noise, slopes, in_y, strides)
     failed = _library().narrow_cells(  # type: ignore[union-attr]
-        *pointers(logits, y, rows, table, noise, slopes, in_y, strides),
+        *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
         len(rows), channels, levels, y[0].numel() // channels, torch.get_num_threads(),
     )  # fmt: skip
     if failed:

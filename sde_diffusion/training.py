@@ -97,6 +97,7 @@ class Trainer:
         config: stored in every checkpoint (nested dicts of plain values), and compared on resuming.
         augmentation: of the training images.
         may_change: dotted keys or sections of ``config`` that a resumed run may change.
+        defaults: of ``config``, for its keys that an older checkpoint does not have.
         progress: a progress bar, and a line for each evaluation.
 
     Raises:
@@ -113,6 +114,7 @@ class Trainer:
         *,
         augmentation: Augmentation | None = None,
         may_change: Iterable[str] = CONFIG_MAY_CHANGE,
+        defaults: Mapping[str, Any] | None = None,
         progress: bool = True,
     ) -> None:
         if settings.conditional and data.num_classes is None:
@@ -121,7 +123,7 @@ class Trainer:
         self.config = plain({} if config is None else config)
         self.device = choose_device(settings.device)
         self.checkpoints = Checkpoints(self.workdir / "checkpoints", settings.keep_checkpoints)
-        self._may_change = tuple(may_change)
+        self._may_change, self._defaults = tuple(may_change), defaults
         self._progress = progress
 
         self.model = cast(Any, model.to(self.device))
@@ -368,7 +370,7 @@ class Trainer:
         here = self._identity()
         config = here.pop("config")
         may_change = tuple(f"settings.{name}" for name in MAY_CHANGE)
-        differences = config_differences(state["config"], config, self._may_change)
+        differences = config_differences(state["config"], config, self._may_change, self._defaults)
         differences += config_differences(state["identity"], here, may_change)
         if differences:
             raise CheckpointError(

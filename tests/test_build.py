@@ -75,8 +75,17 @@ def test_training_keys_are_the_settings():
 
 def test_model_keys_are_the_networks():
     taken = {name for net in build.NETWORKS.values() for name in inspect.signature(net).parameters}
-    from_data = {"in_channels", "out_channels", "dim", "out_dim", "num_classes", "augment_dim"}
-    own = {"name", "parametrization", "conditioning", "sigma_data", "class_conditional", "learned_variance"}
+    from_data = {"in_channels", "out_channels", "dim", "out_dim", "num_classes", "augment_dim", "context_dim"}
+    own = {
+        "level_features",
+        "level_counts",
+        "name",
+        "parametrization",
+        "conditioning",
+        "sigma_data",
+        "class_conditional",
+        "learned_variance",
+    }
     assert set(SCHEMA["model"]) == (taken - from_data) | own
 
 

@@ -249,10 +249,18 @@ def test_a_key_that_is_newer_than_the_checkpoint_counts_unless_it_has_its_defaul
     current = default_config().to_dict()
     saved = default_config().to_dict()
     del saved["model"]["level_counts"], saved["model"]["unshuffle"], saved["data"]["limit"]
-    assert config_differences(saved, current) == []
+    assert config_differences(saved, current, (), current) == []
+    assert [line.split(":")[0] for line in config_differences(saved, current)] == [
+        "model.level_counts", "model.unshuffle",
+    ]  # fmt: skip
+    defaults = default_config().to_dict()
     current["model"]["level_counts"] = True
-    assert config_differences(saved, current) == ["model.level_counts: absent in the checkpoint, True now"]
-    assert config_differences(current | {"old": 1}, current) == ["old: 1 in the checkpoint, absent now"]
+    assert config_differences(saved, current, (), defaults) == [
+        "model.level_counts: absent in the checkpoint, True now"
+    ]
+    assert config_differences(current | {"old": 1}, current, (), defaults) == [
+        "old: 1 in the checkpoint, absent now"
+    ]
 
 
 def test_plain_values_load_without_trust(tmp_path):
