@@ -15,7 +15,6 @@
 #include "vectors.h"
 
 #define D 8
-#define LOG2E 1.44269504f
 #define SAFE 80.0f /* logits to base 2 within this need no shift */
 
 INLINE float widen(bf16 value) {

@@ -7,24 +7,7 @@
 
 #include "vectors.h"
 
-#define LOG2E 1.44269504f
 #define REACH 36.0f
-
-/* 2^z for z <= 0, to 2e-7, relative; 0 below 2^-100. NaN stays NaN. */
-INLINE floats fine_power(floats z) {
-    masks tiny = z < (floats){0} - 100.0f;
-    floats shifted = z + 12582912.0f;
-    floats f = z - (shifted - 12582912.0f);
-    floats p = f * 1.52527338e-5f + 1.54035304e-4f;
-    p = p * f + 1.33335581e-3f;
-    p = p * f + 9.61812911e-3f;
-    p = p * f + 5.55041087e-2f;
-    p = p * f + 2.40226507e-1f;
-    p = p * f + 6.93147181e-1f;
-    p = p * f + 1.0f;
-    p *= (floats)(((words)shifted << 23) + 0x3f800000);
-    return (floats)((words)p & ~(words)tiny);
-}
 
 INLINE floats load(const float *from, int64_t count) {
     floats values = {0};
@@ -78,7 +61,7 @@ INLINE void some_pixels(const float *logits, int64_t step, const double *y, cons
     /* The mean in a cell is slope m - (6 c3 q + 4 c2) q m. */
     for (int64_t k = 0; k < levels; k++) {
         floats steps = ((float)k - at.nearest) * width, m = at.offset + steps, square = m * m;
-        floats q = pick(square > REACH, reach, square), p = fine_power((terms[k] - largest) * LOG2E);
+        floats q = pick(square > REACH, reach, square), p = power((terms[k] - largest) * LOG2E);
         total += p;
         distance += p * steps;
         bend += p * ((6.0f * c3 * q + 4.0f * c2) * q * m);
