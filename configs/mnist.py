@@ -1,4 +1,4 @@
-"""MNIST from a folder with its four IDX files: ``--config.data.path=FOLDER``. An hour of training on two cores with AMX."""
+"""MNIST from its four IDX files: add ``--config.data.path=FOLDER``. Training takes an hour on two cores with AMX."""
 
 from __future__ import annotations
 
