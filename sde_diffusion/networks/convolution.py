@@ -1,7 +1,8 @@
-"""The 3x3 convolution of stride 1 that U-Nets are made of, by fewer products in training.
+"""The 3x3 convolution of stride 1 that U-Nets are made of, in training by what is fastest.
 
-Winograd's and Fourier's algorithms (Winograd 1980; Lavin & Gray 2016) need 2 to 5 products where a 3x3 convolution
-as it stands needs 9. On processors with AVX2 and nothing wider, torch computes the latter at nearly the full rate of
+With matrix tiles (AMX) in bfloat16 that is :mod:`~sde_diffusion.networks.conv_weights`; on processors with AVX2 and
+nothing wider, algorithms with fewer products. Winograd's and Fourier's (Winograd 1980; Lavin & Gray 2016) need 2 to 5
+products where a 3x3 convolution as it stands needs 9, and torch computes the latter there at nearly the full rate of
 the processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its
 results differ from torch's by about 1e-5 of the largest, and those of a single image from those in a batch, which
 training can bear and samples and likelihoods cannot: only a module in training mode uses it.
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sde_diffusion.networks import conv_weights
+
 _MIN_PIXELS = 14 * 14
 _MIN_CHANNELS = 32
 
@@ -24,7 +27,7 @@ _MIN_CHANNELS = 32
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 that keeps height and width: ``nn.Conv2d(in, out, 3, padding=1)``.
 
-    In training mode it may be :func:`trained_conv3x3`.
+    In training mode it is :func:`trained_conv3x3`.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -39,6 +42,8 @@ class Conv3x3(nn.Conv2d):
 
 def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) convolved with weight (C', C, 3, 3), zeros around it, and bias (C') or None -> (B, C', H, W)."""
+    if conv_weights.fitting(x, weight):
+        return conv_weights.tiled_conv3x3(x, weight, bias)
     if _pays(x, weight):
         return _FewerProducts.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)

@@ -5,13 +5,7 @@
    are never written: the derivative makes them anew from L (Dao et al. 2022, "FlashAttention", app. B). A thread takes
    whole heads, 16 queries or keys at a time. */
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
-#define HAVE_TILES
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
+#include "tiles.h"
 #include "vectors.h"
 
 #define D 8

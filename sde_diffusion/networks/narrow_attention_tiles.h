@@ -7,39 +7,9 @@
 #define BLOCK 16
 #define WIDE 16 /* channels with their padding */
 
-typedef struct {
-    uint8_t palette, start, reserved[14];
-    uint16_t bytes[16];
-    uint8_t rows[16];
-} __attribute__((aligned(64))) layout;
-
 /* The tiles of the two functions: rows and bytes of a row. */
 static const layout FORWARD = {1, 0, {0}, {64, 64, 64, 32, 64, 64, 64}, {8, 16, 16, 16, 8, 8, 16}};
 static const layout BACKWARD = {1, 0, {0}, {64, 64, 64, 64, 32, 32, 32, 64}, {8, 8, 8, 16, 16, 16, 8, 16}};
-
-/* Whether the system lets this process use tiles, for which it wants to be asked. */
-static int tiles_allowed(void) {
-    static int answer = -1;
-    if (answer < 0) answer = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
-    return answer;
-}
-
-/* Tiles, and their layout, are written and read behind the compiler's back. */
-#define WRITTEN __asm__ volatile("" ::: "memory")
-
-/* Does something with tiles of one layout, and gives the thread back the layout that it had. */
-#define TILES(wanted, something)                                                                                           \
-    do {                                                                                                                   \
-        layout before __attribute__((aligned(64)));                                                                        \
-        _tile_storeconfig(&before);                                                                                        \
-        WRITTEN;                                                                                                           \
-        _tile_loadconfig(&(wanted));                                                                                       \
-        something;                                                                                                         \
-        if (before.palette)                                                                                                \
-            _tile_loadconfig(&before);                                                                                     \
-        else                                                                                                               \
-            _tile_release();                                                                                               \
-    } while (0)
 
 /* 2^z to 8e-5, relative, a twentieth of what bfloat16 rounds. */
 INLINE floats coarse_power(floats z) {
