@@ -201,7 +201,7 @@ class _ExpectedNoise(torch.autograd.Function):
             into = None if slopes is None else slopes.movedim(1, -1)
             if narrow_cells(logits, y, s, _cumulants(2 / logits.shape[-1] / s), far, noise, into, in_y):
                 kinds[far] = _DONE
-        for rows, method in _groups(kinds, logits):
+        for rows, method in _groups(kinds, logits, s):
             own = levels_first[rows].flatten(2)
             value, in_logits, in_state = method(own, y[rows].flatten(1), s[rows], slopes is not None, of_y)
             noise[rows] = value.to(noise.dtype).reshape(-1, *noise.shape[1:])
@@ -244,17 +244,28 @@ def _kinds(s: Tensor, levels: int) -> Tensor:
     return (width > _SERIES if levels > WINDOW else width > _SERIES / 2).int() + (width > _PARABOLA).int()
 
 
-def _groups(kinds: Tensor, logits: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
+def _groups(kinds: Tensor, logits: Tensor, s: Tensor) -> Iterator[tuple[slice | Tensor, Any]]:
     """Samples that are computed together, and how."""
     on_cpu = logits.device.type == "cpu"
     together = max(1, _CACHED // max(1, logits[:1].numel())) if on_cpu else max(1, len(kinds))
-    for kind, method in enumerate((_parabola, _series, _nearby)):
-        rows = (kinds == kind).nonzero()[:, 0]
-        for part in rows.split(together):
+    if on_cpu:
+        # Those that look at 2, 4, 8 cells or more have groups of their own.
+        sizes = _reach(s, logits.shape[-1]).log2().floor().int()
+        kinds = torch.where(kinds == _NEARBY, kinds + sizes, kinds)
+    for kind in kinds.unique().tolist():
+        if kind == _DONE:
+            continue
+        method = (_parabola, _series, _nearby)[min(kind, _NEARBY)]
+        for part in (kinds == kind).nonzero()[:, 0].split(together):
             if len(part) == 1:  # without a copy
                 yield slice(int(part), int(part) + 1), method
-            elif len(part):
+            else:
                 yield part, method
+
+
+def _reach(s: Tensor, levels: int) -> Tensor:
+    """How many cells around it a pixel sees: eight standard deviations to both sides."""
+    return (2 + (8 * levels * s).ceil()).clamp_max(min(WINDOW, levels))
 
 
 def _parabola(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: bool) -> _Slopes:
@@ -313,8 +324,7 @@ def _series(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: boo
 
 def _nearby(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: bool) -> _Slopes:
     levels = logits.shape[1]
-    # Eight standard deviations to both sides; the wider the cells, the fewer.
-    count = min(WINDOW, levels, 2 + math.ceil(float(8 * levels * s.max())))
+    count = int(_reach(s.max(), levels))
     first = _window(y, levels, count)[:, None]
     cells = torch.arange(count + 1, device=y.device)[:, None]
     edges = (2 * (first + cells) / levels - 1 - y[:, None]) / s[:, None, None]

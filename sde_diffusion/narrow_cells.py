@@ -20,11 +20,7 @@ _LEAST = 64  # levels from which it is worth a compiler
 def _library() -> ctypes.CDLL | None:
     from sde_diffusion.networks.native import load_native  # importing the package imports no networks
 
-    library = load_native(_SOURCE)
-    if library is not None:
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        library.narrow_cells.argtypes = [*[pointer] * 8, *[size] * 4, ctypes.c_int]
-    return library
+    return load_native(_SOURCE, narrow_cells="PPPPPPPPNNNNI")
 
 
 def narrow_cells(

@@ -23,12 +23,7 @@ _SOURCE = Path(__file__).with_name("norm_silu.c")
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    library = load_native(_SOURCE)
-    if library is not None:
-        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.norm_silu.argtypes = [*[pointer] * 7, *[size] * 4, ctypes.c_double, flag, flag]
-        library.norm_silu_backward.argtypes = [*[pointer] * 9, *[size] * 4, flag]
-    return library
+    return load_native(_SOURCE, norm_silu="PPPPPPPNNNNDII", norm_silu_backward="PPPPPPPPPNNNNI")
 
 
 @lru_cache

@@ -25,11 +25,9 @@ _SOURCE = Path(__file__).with_suffix(".c")
 @lru_cache
 def _library() -> ctypes.CDLL | None:
     library = load_native(_SOURCE)
-    if library is not None and library.conv_weights_available():
-        pointer, size = ctypes.c_void_p, ctypes.c_int64
-        library.conv_weights.argtypes = [*[pointer] * 4, *[size] * 5, ctypes.c_int]
-        return library
-    return None
+    if library is None or not library.conv_weights_available():
+        return None
+    return load_native(_SOURCE, conv_weights="PPPPNNNNNI")
 
 
 def fitting(x: Tensor, weight: Tensor) -> bool:

@@ -24,12 +24,7 @@ _SOURCE = Path(__file__).with_suffix(".c")
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    library = load_native(_SOURCE)
-    if library is not None:
-        pointer, size, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        library.narrow_attention.argtypes = [*[pointer] * 3, *[size] * 3, flag]
-        library.narrow_attention_backward.argtypes = [*[pointer] * 5, *[size] * 3, flag]
-    return library
+    return load_native(_SOURCE, narrow_attention="PPPNNNI", narrow_attention_backward="PPPPPNNNI")
 
 
 def is_narrow(qkv: Tensor, heads: int) -> bool:

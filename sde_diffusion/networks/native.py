@@ -21,13 +21,27 @@ __all__ = ["cache_folder", "load_native"]
 
 _FLAGS = "-O3 -march=native -fno-math-errno -ffp-contract=fast -fopenmp -shared -fPIC"
 _PATIENCE = 120.0  # seconds
+_TYPES = {"P": ctypes.c_void_p, "N": ctypes.c_int64, "I": ctypes.c_int, "D": ctypes.c_double}
 
 
 @lru_cache
-def load_native(source: Path) -> ctypes.CDLL | None:
+def load_native(source: Path, **arguments: str) -> ctypes.CDLL | None:
     """The functions of a C file; None where they are turned off, and, with a warning, where there is no compiler
     (``$CC``, cc, gcc or clang; on Linux and macOS) or it fails. Compiled once for each source with the headers
-    beside it, compiler and processor."""
+    beside it, compiler and processor.
+
+    Args:
+        source: the file.
+        arguments: of functions by name, a letter each: P for a pointer, N for int64_t, I for int, D for double.
+    """
+    library = _load(source)
+    if library is not None:
+        for name, letters in arguments.items():
+            getattr(library, name).argtypes = [_TYPES[letter] for letter in letters]
+    return library
+
+
+def _load(source: Path) -> ctypes.CDLL | None:
     if os.environ.get("SDE_DIFFUSION_NATIVE") == "0":
         return None
     compiler = _compiler()
@@ -109,4 +123,4 @@ def _processor() -> str:
 
 
 def _warn(source: Path, reason: str) -> None:
-    warnings.warn(f"{source.name} is not used, computing is slower without: {reason}", stacklevel=3)
+    warnings.warn(f"{source.name} is not used, computing is slower without: {reason}", stacklevel=4)
