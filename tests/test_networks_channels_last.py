@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from sde_diffusion.networks import UNet, channels_last, narrow_attention, native
-from sde_diffusion.networks.blocks import SelfAttention, dropout, normalized
+from sde_diffusion.networks.blocks import SelfAttention, normalized
 from sde_diffusion.networks.channels_last import fastest_layout, is_channels_last, norm_silu
 from sde_diffusion.networks.ncsnpp import NCSNpp
 from sde_diffusion.networks.unet2d import UNet2D
@@ -361,11 +361,64 @@ def test_a_last_layer_of_ones_own_and_hooks(gains: None) -> None:
         assert torch.equal(net(x, c), expected) and len(calls) == 2
 
 
-def test_dropout_keeps_the_layout_and_its_rate() -> None:
-    x = torch.ones(16, 32, 16, 16).bfloat16().contiguous(memory_format=torch.channels_last)
+# Channels that fill blocks of 32, of 16, neither.
+@pytest.mark.parametrize("shape", [(3, 64, 16, 12), (2, 48, 5, 7), (2, 20, 3, 50)])
+def test_dropout_is_that_of_its_hash(gains: None, shape: tuple[int, ...]) -> None:
+    inputs = [part.requires_grad_() for part in (images(*shape), *affine(*shape[:2]))]
+    cotangent = images(*shape, seed=2, mean=0.0)
+    torch.manual_seed(3)
+    seed = int(torch.empty((), dtype=torch.int64).random_())
+    torch.manual_seed(3)
+    found = derivatives(lambda *parts: norm_silu(*parts, 4, 1e-5, True, 0.3), inputs, cotangent)
+    mask = channels_last.stays(shape, 0.3, seed)
+
+    def wanted(*parts: Tensor) -> Tensor:
+        return formula(*parts, 4, 1e-5, True) * mask / 0.7
+
+    truth = derivatives(wanted, exact(*inputs), cotangent)
+    assert torch.equal(found[0] == 0, ~mask) and is_channels_last(found[0])
+    for a, b in zip(found, truth, strict=True):
+        assert relative(a.detach(), b.detach()) < ROUNDING
+    torch.manual_seed(3)
+    out = norm_silu(*inputs, 4, 1e-5, True, 0.3)
+    first = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
+    second = torch.autograd.grad(sum(part.double().square().sum() for part in first), inputs)
+    leaves = exact(*inputs)
+    first = torch.autograd.grad(wanted(*leaves), leaves, cotangent.double(), create_graph=True)
+    truth = torch.autograd.grad(sum(part.square().sum() for part in first), leaves)
+    for a, b in zip(second, truth, strict=True):
+        assert relative(a, b) < 0.02
+
+
+def test_dropout_has_its_rate_and_no_pattern(gains: None) -> None:
+    x, (weight, bias) = images(32, 32, 32, 16), affine(32, 32)
     torch.manual_seed(0)
-    out = dropout(x, 0.25, True)
-    assert is_channels_last(out)
-    kept = out != 0
-    assert abs(kept.float().mean() - 0.75) < 4 * (0.25 * 0.75 / x.numel()) ** 0.5
-    assert (out[kept] - 1 / 0.75).abs().max() < 0.01
+    masks = [(norm_silu(x, weight, bias, 4, 1e-5, True, 0.25) == 0).double() for _ in range(3)]
+    error = (0.25 * 0.75 / x.numel()) ** 0.5
+    a, b, c = masks
+    assert all(abs(float(mask.mean()) - 0.25) < 4 * error for mask in masks)
+    # Of neighbours in any direction, and of one call and another, both are dropped at the square of the rate.
+    pairs = [(a, b), (b, c), (a, c), *((a, a.roll(1, axis)) for axis in range(4)), (a, a.roll(16, 1))]
+    for one, other in pairs:
+        assert abs(float((one * other).mean()) - 0.25**2) < 5 * error
+    # The number that is dropped in a channel of an image is binomial: its variance is that of 512 draws.
+    counts = a.flatten(2).sum(2).flatten()
+    assert abs(float(counts.var()) / (512 * 0.25 * 0.75) - 1) < 5 * (2 / len(counts)) ** 0.5
+
+
+def test_a_seed_of_torch_sets_dropout_and_threads_do_not(gains: None) -> None:
+    torch.manual_seed(0)
+    net = randomised(UNet(1, channels=16, dropout=0.5)).train()
+    x, c = torch.randn(3, 1, 8, 8), torch.rand(3)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            torch.manual_seed(0)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                results.append([net(x, c).detach() for _ in range(2)])
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip(*results, strict=True):
+        assert relative(one, other.double()) < 2.0**-8
+    assert relative(results[0][0], results[0][1].double()) > 0.05

@@ -101,12 +101,13 @@ class ResBlock(nn.Module):
             h, x = self.conv1(self.resampler(h)), self.resampler(x)
         else:
             h = self.conv1(h)
+        scale = shift = None
         if self.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
-            h = normalized(self.norm2, h, scale, shift, silu=True)
         else:
-            h = normalized(self.norm2, h + expand_channels(modulation, h), silu=True)
-        h = self.conv2(dropout(h, self.dropout, self.training))
+            h = h + expand_channels(modulation, h)
+        dropped = self.dropout if self.training else 0.0
+        h = self.conv2(normalized(self.norm2, h, scale, shift, silu=True, dropped=dropped))
         skip = self.skip
         kept = pointwise(x, skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else x
         return _residual(kept, h, self.out_scale)
@@ -124,6 +125,7 @@ def normalized(
     shift: Tensor | None = None,
     *,
     silu: bool = False,
+    dropped: float = 0.0,
 ) -> Tensor:
     """``f(norm(x) (1 + scale) + shift)``, f being SiLU or nothing, by the fastest way there is for x.
 
@@ -132,18 +134,19 @@ def normalized(
         x: (B, C, H, W).
         scale, shift: both (B, C), or both None for neither.
         silu: whether to apply SiLU.
+        dropped: with SiLU, the probability of dropout after it.
     """
     if fused(x):
         weight, bias = norm.weight.float()[None], norm.bias.float()[None]
         if scale is not None and shift is not None:
             factor = 1 + scale.float()
             weight, bias = weight * factor, torch.addcmul(shift.float(), bias, factor)
-        return norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu)
+        return norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu, dropped)
     # With channels last torch's GroupNorm is many times slower on CPUs, and has no forward-mode derivative at all.
     if x.device.type == "cpu" or transformed():
         x = x.contiguous()
     h = norm(x) if scale is None or shift is None else modulated_norm(norm, x, scale, shift)
-    return F.silu(h) if silu else h
+    return dropout(F.silu(h), dropped) if silu else h
 
 
 def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -424,18 +427,16 @@ def _per_channel(kernel: Tensor, x: Tensor) -> Tensor:
     return kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
 
 
-def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
+def dropout(x: Tensor, probability: float) -> Tensor:
     """Dropout (Srivastava et al. 2014), on CPUs with random bits of its own making, at a third of the time.
 
     torch draws a number per element there; here one of 64 bits makes four decisions, each to one part in
     32,768. In bfloat16 the factor 1 / (1 - probability) itself is put together from bits.
     """
-    if not training or probability == 0.0:
+    if probability == 0.0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
-    if is_channels_last(x):  # in the order of the memory
-        return dropout(x.permute(0, 2, 3, 1), probability, training).permute(0, 3, 1, 2)
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
     dropped = round(probability * 2**15) - 2**14  # of the numbers -2^14 to 2^14 - 1, those below this
     bits = bits[: x.numel()].__irshift__(1)

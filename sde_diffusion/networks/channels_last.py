@@ -1,4 +1,4 @@
-"""GroupNorm, modulation and SiLU at once, for images whose channels come last in memory.
+"""GroupNorm, modulation, SiLU and dropout at once, for images whose channels come last in memory.
 
 On CPUs with matrix units (AMX) convolutions in bfloat16 are about twice as fast in that layout, but torch's GroupNorm
 is many times slower there than in the usual one (torch 2.13). ``norm_silu.c`` has one that is faster than either.
@@ -23,7 +23,7 @@ _SOURCE = Path(__file__).with_name("norm_silu.c")
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    return load_native(_SOURCE, norm_silu="PPPPPPPNNNNDII", norm_silu_backward="PPPPPPPPPNNNNI")
+    return load_native(_SOURCE, norm_silu="PPPPPPPNNNNDIDNI", norm_silu_backward="PPPPPPPPPNNNNI")
 
 
 @lru_cache
@@ -88,32 +88,45 @@ def fused(x: Tensor) -> bool:
     return is_channels_last(x) and gains(x)
 
 
-def norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """``f(weight GroupNorm(x) + bias)``, computed in float32, f being SiLU or nothing.
+def norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dropout: float = 0.0
+) -> Tensor:
+    """``f(weight GroupNorm(x) + bias)``, computed in float32, f being SiLU, with dropout if wanted, or nothing.
 
     Args:
         x: (B, C, H, W), for which :func:`fused` holds.
         weight, bias: float32, (B, C): per image, or (1, C).
         groups, eps: of GroupNorm (Wu & He 2018).
         silu: whether to apply SiLU.
+        dropout: with SiLU, the probability of zeros among the results, of which the others are divided by 1 less it
+            (Srivastava et al. 2014). Which those are depends on torch's random state, not on threads.
 
     Returns:
         (B, C, H, W) in the layout and type of x. It has all derivatives in reverse mode.
     """
     weight, bias = (part.expand(x.shape[:2]).contiguous() for part in (weight, bias))
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias)):
-        return _NormSiLU.apply(x, weight, bias, groups, eps, silu)
+    if dropout or (torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias))):
+        seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
+        return _NormSiLU.apply(x, weight, bias, groups, eps, silu, dropout, seed)
     return _forward(x, weight, bias, groups, eps, silu, keep=False)[0]
 
 
 class _NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+        dropout: float,
+        seed: int,
     ) -> Tensor:
-        out, saved = _forward(x, weight, bias, groups, eps, silu, keep=True)
+        out, saved = _forward(x, weight, bias, groups, eps, silu, keep=True, dropout=dropout, seed=seed)
         ctx.save_for_backward(x, weight, bias, *saved)
-        ctx.settings = groups, eps, silu
+        ctx.settings = groups, eps, silu, dropout, seed
         return out
 
     @staticmethod
@@ -123,7 +136,7 @@ class _NormSiLU(torch.autograd.Function):
             found = differentiated(
                 lambda *inputs: written_out(*inputs, *ctx.settings), (x, weight, bias), grad
             )
-            return (*found, None, None, None)
+            return (*found, *[None] * 5)
         # Whoever keeps saved tensors elsewhere may bring them back in another layout.
         last = torch.channels_last
         x, grad = x.contiguous(memory_format=last), grad.to(x.dtype).contiguous(memory_format=last)
@@ -137,11 +150,20 @@ class _NormSiLU(torch.autograd.Function):
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for the derivative of a GroupNorm")
-        return of_x, of_weight, of_bias, None, None, None
+        return of_x, of_weight, of_bias, *[None] * 5
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, *, keep: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    *,
+    keep: bool,
+    dropout: float = 0.0,
+    seed: int = 0,
 ) -> tuple[Tensor, tuple[Tensor | None, Tensor, Tensor]]:
     """The result, and what its derivative needs: the slope of SiLU, mean and 1 / deviation per channel (B, C)."""
     out, slope = torch.empty_like(x), torch.empty_like(x) if silu and keep else None
@@ -149,7 +171,7 @@ def _forward(
     images, channels, height, width = x.shape
     failed = _library().norm_silu(  # type: ignore[union-attr]
         *pointers(x, weight, bias, out, slope, mean, rate),
-        images, height * width, channels, groups, eps, silu, torch.get_num_threads(),
+        images, height * width, channels, groups, eps, silu, dropout, seed, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for a GroupNorm")
@@ -184,8 +206,35 @@ def pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def written_out(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
-    """:func:`norm_silu` by torch's operations."""
+def written_out(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """:func:`norm_silu` by torch's operations, with the seed of its dropout."""
     weight, bias = weight[:, :, None, None], bias[:, :, None, None]
     y = torch.addcmul(bias, F.group_norm(x.float().contiguous(), groups, eps=eps), weight)
-    return (F.silu(y) if silu else y).to(x.dtype)
+    y = F.silu(y) if silu else y
+    if dropout:
+        y = y * stays(x.shape, dropout, seed) / (1 - dropout)
+    return y.to(x.dtype)
+
+
+def stays(shape: Sequence[int], dropout: float, seed: int) -> Tensor:
+    """What the dropout of ``norm_silu.c`` leaves of (B, C, H, W), bool: a hash of each place in memory decides."""
+    images, channels, height, width = shape
+    low, high = seed % 2**32, seed // 2**32 % 2**32
+    places = torch.arange(images * height * width * channels).view(images, height, width, channels)
+    bits = _mixed(_mixed((places + low) % 2**32) ^ high)
+    return (bits >= int(dropout * 2**32)).permute(0, 3, 1, 2)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
+    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32  # what int64 cannot hold wraps around, and leaves these bits
+    return x ^ (x >> 16)

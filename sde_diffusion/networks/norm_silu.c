@@ -1,4 +1,4 @@
-/* GroupNorm, a scale and shift per image and channel, and SiLU, for images in bfloat16 whose channels come last.
+/* GroupNorm, a scale and shift per image and channel, SiLU and dropout, for images in bfloat16 whose channels come last.
 
    An image x is (pixels, channels). y = scale x + shift, with scale = weight / deviation of the group and shift = bias - mean
    scale; the result is y, or y / (1 + exp(-y)). A thread takes whole images, 32 channels of all pixels at a time. Sums are
@@ -70,9 +70,29 @@ INLINE void moments(const bf16 *x, int64_t pixels, int64_t channels, double *fir
     }
 }
 
-/* With slope not NULL also the derivative of the result by y. */
+/* What stays, times `factor`, and what becomes zero: where a number made of the place of an element is below `least`. */
+typedef struct {
+    uint32_t seed[2], least;
+    float factor;
+} drop;
+
+/* Numbers of 32 bits that look independent of each other, of whole numbers x (Mueller 2017-2018, "hash prospector"). */
+INLINE words mixed(words x) {
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+/* The factors of 16 elements from place `first` on. */
+INLINE floats kept(const drop *d, uint32_t first) {
+    const words lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    words bits = mixed(mixed(lanes + first + d->seed[0]) ^ d->seed[1]);
+    return (floats)((words)((floats){0} + d->factor) & (words)(bits >= d->least));
+}
+
+/* With slope not NULL also the derivative of the result by y; with d not NULL with dropout, x being at place `first`. */
 INLINE void apply(const bf16 *x, int64_t pixels, int64_t channels, const float *scale, const float *shift, bf16 *out,
-                  bf16 *slope, int silu, int n, int vectors) {
+                  bf16 *slope, int silu, const drop *d, uint32_t first, int n, int vectors) {
     floats s[2], t[2];
     EACH s[j] = load_floats(scale + j * LANES, k), t[j] = load_floats(shift + j * LANES, k);
     for (int64_t p = 0; p < pixels; p++)
@@ -81,7 +101,13 @@ INLINE void apply(const bf16 *x, int64_t pixels, int64_t channels, const float *
             if (silu) {
                 floats gate = sigmoid(y);
                 y *= gate;
-                if (slope) store(slope + AT, gate + y * (1.0f - gate), k);
+                floats rise = gate + y * (1.0f - gate);
+                if (d) {
+                    floats factors = kept(d, first + (uint32_t)AT);
+                    y *= factors;
+                    rise *= factors;
+                }
+                if (slope) store(slope + AT, rise, k);
             }
             store(out + AT, y, k);
         }
@@ -117,10 +143,14 @@ INLINE void combine(const bf16 *g, const bf16 *slope, const bf16 *x, int64_t pix
 }
 
 /* x, out, slope: (images, pixels, channels), slope may be NULL; weight, bias, mean, rate: (images, channels), of which the
-   last two are results: the mean and 1 / deviation of each channel's group. Returns 0, or 1 without memory. */
+   last two are results: the mean and 1 / deviation of each channel's group. dropout: a probability, of which what is dropped
+   is a function of the seed and the place; only with silu and slope. Returns 0, or 1 without memory. */
 int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, bf16 *slope, float *mean, float *rate,
-              int64_t images, int64_t pixels, int64_t channels, int64_t groups, double eps, int silu, int threads) {
+              int64_t images, int64_t pixels, int64_t channels, int64_t groups, double eps, int silu, double dropout,
+              int64_t seed, int threads) {
     int64_t width = channels / groups;
+    const drop dropped = {{(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)}, (uint32_t)(dropout * 4294967296.0),
+                          (float)(1.0 / (1.0 - dropout))};
     int failed = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t image = 0; image < images; image++) {
@@ -148,10 +178,16 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, 
                     shift[c] = (float)(bias[row + c] - m * weight[row + c] * r);
                 }
             }
-#define SLOPED(c, n, vectors) apply(from + c, pixels, channels, scale + c, shift + c, to + c, slopes + c, 1, n, vectors)
-#define SILU(c, n, vectors) apply(from + c, pixels, channels, scale + c, shift + c, to + c, NULL, 1, n, vectors)
-#define AFFINE(c, n, vectors) apply(from + c, pixels, channels, scale + c, shift + c, to + c, NULL, 0, n, vectors)
-            if (silu && slopes)
+            uint32_t place = (uint32_t)(row * pixels);
+#define TO(c, slopes, silu, d, n, vectors) \
+    apply(from + c, pixels, channels, scale + c, shift + c, to + c, slopes, silu, d, place + (uint32_t)(c), n, vectors)
+#define DROPPED(c, n, vectors) TO(c, slopes + c, 1, &dropped, n, vectors)
+#define SLOPED(c, n, vectors) TO(c, slopes + c, 1, NULL, n, vectors)
+#define SILU(c, n, vectors) TO(c, NULL, 1, NULL, n, vectors)
+#define AFFINE(c, n, vectors) TO(c, NULL, 0, NULL, n, vectors)
+            if (silu && slopes && dropout > 0.0)
+                IN_BLOCKS(channels, DROPPED);
+            else if (silu && slopes)
                 IN_BLOCKS(channels, SLOPED);
             else if (silu)
                 IN_BLOCKS(channels, SILU);
