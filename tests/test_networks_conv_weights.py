@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion.networks import UNet, channels_last, conv_weights
+from sde_diffusion.networks import UNet, channels_last, conv_weights, narrow_attention
 from sde_diffusion.networks.blocks import repeat_and_convolve
 from sde_diffusion.networks.conv_weights import fitting, tiled_conv3x3, weight_gradient
 from sde_diffusion.networks.convolution import Conv3x3
@@ -137,6 +137,39 @@ def test_second_and_batched_derivatives() -> None:
         results.append([*batched, *first, *torch.autograd.grad(total, parts)])
     for a, b in zip(*results, strict=True):
         assert relative(a.detach(), b.detach()) < 0.03
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_has_layout_and_type_of_the_weight(
+    layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    x, weight, bias = problem()
+    weight = weight.detach().to(dtype, memory_format=layout).requires_grad_()
+    with in_bfloat16():
+        (found,) = torch.autograd.grad(tiled_conv3x3(x, weight, bias).sum(), weight)
+    assert found.stride() == weight.stride() and found.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_type_of_torch_changes_nothing(dtype: torch.dtype) -> None:
+    x, grad = images(3, 40, 9, 9), images(3, 48, 9, 9, seed=2)
+    qkv = torch.randn(2, 64, 192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = *weight_gradient(x, grad), *narrow_attention._forward(qkv, 8, keep=True)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(dtype)
+        found = *weight_gradient(x, grad), *narrow_attention._forward(qkv, 8, keep=True)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_an_image_without_a_batch() -> None:
+    conv, x = Conv3x3(8, 8).train(), images(1, 8, 6, 6)
+    with in_bfloat16():
+        torch.testing.assert_close(conv(x[0]), conv(x)[0])
 
 
 def test_saved_tensors_may_come_back_in_another_layout() -> None:

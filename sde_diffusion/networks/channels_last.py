@@ -106,7 +106,7 @@ def norm_silu(
     """
     weight, bias = (part.expand(x.shape[:2]).contiguous() for part in (weight, bias))
     if dropout or (torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias))):
-        seed = int(torch.empty((), dtype=torch.int64).random_()) if dropout else 0
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout else 0
         return _NormSiLU.apply(x, weight, bias, groups, eps, silu, dropout, seed)
     return _forward(x, weight, bias, groups, eps, silu, keep=False)[0]
 

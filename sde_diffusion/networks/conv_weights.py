@@ -34,7 +34,7 @@ def fitting(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`tiled_conv3x3` is for them: the weight (C', C, 3, 3) is trained, x (B, C, H, W) is in bfloat16
     and :func:`~sde_diffusion.networks.channels_last.gains` by channels last, and their convolution would be in
     bfloat16."""
-    if not (torch.is_grad_enabled() and weight.requires_grad and gains(x)):
+    if not (x.ndim == 4 and torch.is_grad_enabled() and weight.requires_grad and gains(x)):
         return False
     if weight.dtype != x.dtype and not (
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == x.dtype
@@ -47,7 +47,7 @@ def tiled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x convolved with the weight, zeros around it, plus the bias (C') if any -> (B, C', H, W) with channels last.
 
     For which :func:`fitting` holds. It has all derivatives in reverse mode; those by weight and bias are summed in
-    float32.
+    float32. The weight must not change between the two passes.
     """
     return _TiledConv3x3.apply(fastest_layout(x), weight, bias)
 
@@ -77,7 +77,9 @@ class _TiledConv3x3(torch.autograd.Function):
             )[0]
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             of_weight, of_bias = weight_gradient(x, grad)
-            of_weight = of_weight.to(weight.dtype)
+            # In the layout of the weight, on which torch's fused Adam relies.
+            if of_weight.dtype != weight.dtype or of_weight.stride() != weight.stride():
+                of_weight = torch.empty_like(weight).copy_(of_weight)
             of_bias = None if bias is None else of_bias.to(bias.dtype)
         return of_x, of_weight, of_bias
 
@@ -89,7 +91,8 @@ def weight_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     order that does not depend on the number of threads.
     """
     images, channels, height, width = x.shape
-    of_weight, of_bias = torch.empty(grad.shape[1], 3, 3, channels), torch.empty(grad.shape[1])
+    of_weight = torch.empty(grad.shape[1], 3, 3, channels, dtype=torch.float32, device="cpu")
+    of_bias = torch.empty(grad.shape[1], dtype=torch.float32, device="cpu")
     failed = _library().conv_weights(  # type: ignore[union-attr]
         *pointers(x, grad, of_weight, of_bias),
         images, height, width, channels, grad.shape[1], torch.get_num_threads(),

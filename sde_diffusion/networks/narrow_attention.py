@@ -76,7 +76,7 @@ def _forward(qkv: Tensor, heads: int, *, keep: bool) -> tuple[Tensor, Tensor | N
     """The result, and the logarithms (B, heads, T) of the sums of exponentials if ``keep``."""
     batch, tokens, channels = qkv.shape
     out = qkv.new_empty(batch, tokens, channels // 3)
-    logs = torch.empty(batch, heads, tokens) if keep else None
+    logs = torch.empty(batch, heads, tokens, dtype=torch.float32, device=qkv.device) if keep else None
     failed = _library().narrow_attention(  # type: ignore[union-attr]
         *pointers(qkv, out, logs), batch, tokens, heads, torch.get_num_threads()
     )
