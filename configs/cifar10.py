@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     config.model.dropout = 0.1
     config.model.sigma_data = 0.5
     config.model.channels = 128
+    config.model.blocks_per_level = 2
     config.model.channel_multipliers = (1, 2, 2, 2)
     config.model.attention_levels = (1,)
     config.training.steps = 200_000

@@ -23,6 +23,7 @@ def get_config(variant: str = "linear") -> ConfigDict:
     config.sde.name = "ddpm"
     config.sde.schedule = "linear" if variant == "linear" else "cosine"
     config.model.parametrization = "noise"
+    config.model.blocks_per_level = 2
     config.model.learned_variance = variant == "learned_variance"
     config.training.objective = "hybrid" if variant == "learned_variance" else "simple"
     config.training.dequantize = False

@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     config.model.level_features = config.model.level_counts = True
     config.model.channels = 48
     config.model.channel_multipliers = (1, 2, 2)
-    config.model.blocks_per_level = 1
     config.training.batch_size = 64
     config.training.steps = 4200
     config.training.optimizer = "muon"

@@ -116,7 +116,7 @@ SCHEMA: dict[str, Key | dict[str, Key]] = {
         "input_fourier": Key(None, "(n_min,n_max): add sin and cos of 2^n pi x to the input", tuple),
         "channels": Key(32, "unet: base width"),
         "channel_multipliers": Key((1, 2), "unet: width of each level over the base width, finest first"),
-        "blocks_per_level": Key(2, "unet: residual blocks per level"),
+        "blocks_per_level": Key(1, "unet: residual blocks per level"),
         "attention_levels": Key((-1,), "unet: levels with self-attention; -1 is the coarsest"),
         "middle_attention": Key(True, "unet: self-attention in the middle"),
         "heads": Key(None, "unet, dit: attention heads; none: by their width", int),
