@@ -217,7 +217,7 @@ class SelfAttention(nn.Module):
         if is_narrow(qkv, self.heads):
             h = narrow_attention(qkv, self.heads)
         else:
-            h = attend_channels(qkv.transpose(1, 2), self.heads, self.training).transpose(1, 2)
+            h = attend_tokens(qkv, self.heads, self.training)
         return _residual(x, self.out(h).unflatten(1, x.shape[2:]).permute(0, 3, 1, 2), self.out_scale)
 
 
