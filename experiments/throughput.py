@@ -12,6 +12,7 @@ Sections:
 - ``small``: the default job (8x8 digits), through the trainer itself; to compare two versions of the package,
   put each in turn first on ``PYTHONPATH``;
 - ``profile``: where our training step spends its time, and which fraction of the measured peak it reaches;
+- ``gradients``: single 3x3 convolutions, and their derivatives by the weights in C and by torch (AMX only);
 - ``loss``: whether 200 steps in the default precision have the losses of 200 steps in float32;
 - ``gpu``: DDPM++ in bfloat16, channels_last and CUDA graphs, against diffusers (not without a GPU).
 
@@ -40,6 +41,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -58,6 +60,8 @@ from sde_diffusion.data import load_dataset
 from sde_diffusion.devices import choose_precision
 from sde_diffusion.ema import EMA
 from sde_diffusion.networks import channels_last as fast_layout
+from sde_diffusion.networks import conv_weights
+from sde_diffusion.networks.conv_weights import weight_gradient
 from sde_diffusion.networks.ncsnpp import NCSNpp
 from sde_diffusion.networks.unet2d import UNet2D
 from sde_diffusion.presets import preset
@@ -416,6 +420,39 @@ def profiled(bench: Bench, rows: int = 15) -> None:
     bench.results["profile"] = {"peaks": limits, "gflops": rate, "fraction": rate / best, "operations": table}
 
 
+GRADIENTS = (  # images, channels in and out, side
+    (8, 64, 64, 32), (8, 128, 128, 16), (8, 256, 128, 16), (8, 128, 128, 8), (8, 128, 128, 4),
+    (64, 48, 48, 28), (64, 96, 96, 14), (128, 32, 32, 8), (128, 64, 64, 4),
+)  # fmt: skip
+
+
+def gradients(bench: Bench) -> None:
+    """Derivatives of convolutions by their weights."""
+    bench.say("", "## 3x3 convolutions in bfloat16, ms", "")
+    if not fast_layout.available() or conv_weights._library() is None:
+        bench.say("Not here: no matrix tiles (AMX), or no compiler.")
+        return
+    bench.say("| images, channels, pixels | convolution | derivative by the weights, torch | in C | faster |")
+    bench.say("|---|---|---|---|---|")
+    rows, ones = {}, [1, 1]
+    for images, into, out, side in GRADIENTS:
+        x, grad = (
+            torch.randn(images, channels, side, side).to(BFLOAT16, memory_format=torch.channels_last)
+            for channels in (into, out)
+        )
+        weight = torch.randn(out, into, 3, 3).to(BFLOAT16, memory_format=torch.channels_last)
+        by_torch = partial(
+            torch.ops.aten.convolution_backward,
+            *(grad, x, weight, [out], ones, ones, ones, False, [0, 0], 1, [False, True, True]),
+        )
+        steps = [partial(F.conv2d, x, weight, padding=1), by_torch, partial(weight_gradient, x, grad)]
+        forward, theirs_, ours_ = (1e3 * seconds for seconds in bench.alternate(steps, before=steps))
+        name = f"{images}, {into} to {out}, {side} x {side}"
+        rows[name] = {"convolution": forward, "torch": theirs_, "ours": ours_}
+        bench.say(f"| {name} | {forward:.2f} | {theirs_:.2f} | {ours_:.2f} | {theirs_ / ours_:.1f} |")
+    bench.results["gradients"] = rows
+
+
 def losses(steps: int, seed: int, dtype: torch.dtype) -> Tensor:
     """The losses of training a narrow UNet2D on enlarged digits, (steps,)."""
     torch.manual_seed(seed)
@@ -525,7 +562,7 @@ def machine() -> str:
 
 def main() -> None:
     """The command line."""
-    sections = ("unet2d", "ddpmpp", "small", "profile", "loss", "gpu")
+    sections = ("unet2d", "ddpmpp", "small", "profile", "gradients", "loss", "gpu")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -550,6 +587,7 @@ def main() -> None:
         "small": lambda: small(bench),
         "profile": lambda: profiled(bench),
         "loss": lambda: loss_curves(bench, options.loss_steps),
+        "gradients": lambda: gradients(bench),
         "gpu": lambda: gpu(bench),
     }
     for name in options.sections:

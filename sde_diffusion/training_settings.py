@@ -20,7 +20,7 @@ from sde_diffusion.losses import (
     TimeSampler,
     Weighting,
 )
-from sde_diffusion.optimizers import Muon, Together, layer_matrices
+from sde_diffusion.optimizers import Adam, AdamW, Muon, Together, layer_matrices
 
 __all__ = [
     "MAY_CHANGE",
@@ -209,7 +209,7 @@ class TrainingSettings:
         rest = [p for p in parameters if p not in chosen]
         adam: list[torch.optim.Optimizer] = []
         if rest:
-            kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+            kind = Adam if self.optimizer == "adam" else AdamW
             betas = self.beta1, self.beta2
             decay = 0.0 if self.optimizer == "muon" else self.weight_decay
             adam = [kind(rest, lr=self.learning_rate, betas=betas, weight_decay=decay, fused=True)]

@@ -90,6 +90,34 @@ def test_values_and_gradients_are_those_of_the_formula(
         assert relative(a, b) < ROUNDING
 
 
+@pytest.mark.parametrize("mean", [0.5, 50.0])
+def test_an_offset_is_normalised_with_the_image(gains: None, mean: float) -> None:
+    shape = (3, 48, 5, 7)
+    generator = torch.Generator().manual_seed(3)
+    offset = 3 * torch.randn(shape[:2], generator=generator) + mean
+    inputs = [part.requires_grad_() for part in (images(*shape), *affine(*shape[:2]), offset)]
+    cotangent = images(*shape, seed=2, mean=0.0)
+
+    def ours(*parts: Tensor) -> Tensor:
+        return norm_silu(*parts[:3], 12, 1e-5, True, offset=parts[3])
+
+    def wanted(*parts: Tensor) -> Tensor:
+        return formula(parts[0] + parts[3][:, :, None, None], *parts[1:3], 12, 1e-5, True)
+
+    found, leaves = derivatives(ours, inputs, cotangent), exact(*inputs)
+    truth = derivatives(wanted, leaves, cotangent)
+    assert found[4].dtype == torch.float32
+    for a, b in zip(found, truth, strict=True):
+        assert relative(a.detach(), b.detach()) < ROUNDING
+    results = []
+    for function, parts in ((ours, inputs), (wanted, leaves)):
+        out = function(*parts)
+        first = torch.autograd.grad(out, parts, cotangent.to(out.dtype), create_graph=True)
+        results.append(torch.autograd.grad(sum(p.double().square().sum() for p in first), parts))
+    for a, b in zip(*results, strict=True):
+        assert relative(a, b) < 0.02
+
+
 def test_a_large_mean_costs_nothing_but_the_rounding_of_the_input(gains: None) -> None:
     x = images(2, 32, 20, 20, mean=100.0)
     found = norm_silu(x, *affine(2, 32), 8, 1e-5, True)
@@ -369,7 +397,7 @@ def test_dropout_is_that_of_its_hash(gains: None, shape: tuple[int, ...]) -> Non
     torch.manual_seed(3)
     seed = int(torch.empty((), dtype=torch.int64).random_())
     torch.manual_seed(3)
-    found = derivatives(lambda *parts: norm_silu(*parts, 4, 1e-5, True, 0.3), inputs, cotangent)
+    found = derivatives(lambda *parts: norm_silu(*parts, 4, 1e-5, True, dropout=0.3), inputs, cotangent)
     mask = channels_last.stays(shape, 0.3, seed)
 
     def wanted(*parts: Tensor) -> Tensor:
@@ -380,7 +408,7 @@ def test_dropout_is_that_of_its_hash(gains: None, shape: tuple[int, ...]) -> Non
     for a, b in zip(found, truth, strict=True):
         assert relative(a.detach(), b.detach()) < ROUNDING
     torch.manual_seed(3)
-    out = norm_silu(*inputs, 4, 1e-5, True, 0.3)
+    out = norm_silu(*inputs, 4, 1e-5, True, dropout=0.3)
     first = torch.autograd.grad(out, inputs, cotangent, create_graph=True)
     second = torch.autograd.grad(sum(part.double().square().sum() for part in first), inputs)
     leaves = exact(*inputs)
@@ -393,7 +421,7 @@ def test_dropout_is_that_of_its_hash(gains: None, shape: tuple[int, ...]) -> Non
 def test_dropout_has_its_rate_and_no_pattern(gains: None) -> None:
     x, (weight, bias) = images(32, 32, 32, 16), affine(32, 32)
     torch.manual_seed(0)
-    masks = [(norm_silu(x, weight, bias, 4, 1e-5, True, 0.25) == 0).double() for _ in range(3)]
+    masks = [(norm_silu(x, weight, bias, 4, 1e-5, True, dropout=0.25) == 0).double() for _ in range(3)]
     error = (0.25 * 0.75 / x.numel()) ** 0.5
     a, b, c = masks
     assert all(abs(float(mask.mean()) - 0.25) < 4 * error for mask in masks)

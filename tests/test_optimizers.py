@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 from sde_diffusion.networks import UNet
-from sde_diffusion.optimizers import Muon, Together, follow_layout, layer_matrices, orthogonalized
+from sde_diffusion.optimizers import (
+    Adam,
+    AdamW,
+    Muon,
+    Together,
+    follow_layout,
+    layer_matrices,
+    orthogonalized,
+)
 from sde_diffusion.training_settings import TrainingSettings
 
 
@@ -136,6 +144,40 @@ def test_a_state_from_another_layout_means_the_same() -> None:
             optimizer.step()
         results.append(weight.detach())
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_adam_is_the_same_in_any_layout_of_weights_and_gradients(kind: type, last: bool) -> None:
+    layout = torch.channels_last if last else torch.contiguous_format
+    generator = torch.Generator().manual_seed(0)
+    start, gradients = (torch.randn(n, 6, 5, 3, 3, generator=generator) for n in (1, 4))
+    results = []
+    for optimizer, fused, order in ((kind, True, layout), (kind.__mro__[2], False, torch.contiguous_format)):
+        weights = [nn.Parameter(start[0].clone(memory_format=order)), nn.Parameter(torch.ones(3))]
+        steps = optimizer(weights, lr=0.1, weight_decay=0.1, fused=fused)
+        for i, gradient in enumerate(gradients):
+            # Also gradients that do not lie as their weights do.
+            weights[0].grad = gradient.clone(memory_format=torch.channels_last if i % 2 else order)
+            weights[1].grad = gradient[0, 0, 0]
+            if not last and fused and i % 2:  # what torch itself expects of contiguous weights
+                weights[0].grad = gradient.clone()
+            steps.step()
+        results.append([part.detach() for part in weights])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a.contiguous(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_state_that_does_not_follow_its_weight_is_refused() -> None:
+    weight = nn.Parameter(torch.randn(4, 5, 3, 3).contiguous(memory_format=torch.channels_last))
+    optimizer = Adam([weight], fused=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.state[weight]["exp_avg"] = optimizer.state[weight]["exp_avg"].contiguous()
+    with pytest.raises(RuntimeError, match="another layout"):
+        optimizer.step()
+    follow_layout(optimizer)
+    optimizer.step()
 
 
 def test_it_learns_a_linear_map() -> None:

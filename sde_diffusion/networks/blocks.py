@@ -101,13 +101,14 @@ class ResBlock(nn.Module):
             h, x = self.conv1(self.resampler(h)), self.resampler(x)
         else:
             h = self.conv1(h)
-        scale = shift = None
+        scale = shift = offset = None
         if self.scale_shift:
             scale, shift = modulation.chunk(2, dim=1)
         else:
-            h = h + expand_channels(modulation, h)
+            offset = modulation
         dropped = self.dropout if self.training else 0.0
-        h = self.conv2(normalized(self.norm2, h, scale, shift, silu=True, dropped=dropped))
+        h = normalized(self.norm2, h, scale, shift, offset=offset, silu=True, dropped=dropped)
+        h = self.conv2(h)
         skip = self.skip
         kept = pointwise(x, skip.weight, skip.bias) if isinstance(skip, nn.Conv2d) else x
         return _residual(kept, h, self.out_scale)
@@ -124,15 +125,17 @@ def normalized(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     *,
+    offset: Tensor | None = None,
     silu: bool = False,
     dropped: float = 0.0,
 ) -> Tensor:
-    """``f(norm(x) (1 + scale) + shift)``, f being SiLU or nothing, by the fastest way there is for x.
+    """``f(norm(x + offset) (1 + scale) + shift)``, f being SiLU or nothing, by the fastest way there is for x.
 
     Args:
         norm: with weight and bias.
         x: (B, C, H, W).
         scale, shift: both (B, C), or both None for neither.
+        offset: (B, C), or None for zero.
         silu: whether to apply SiLU.
         dropped: with SiLU, the probability of dropout after it.
     """
@@ -141,7 +144,10 @@ def normalized(
         if scale is not None and shift is not None:
             factor = 1 + scale.float()
             weight, bias = weight * factor, torch.addcmul(shift.float(), bias, factor)
-        return norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu, dropped)
+        offset = None if offset is None else offset.float()
+        return norm_silu(x, weight, bias, norm.num_groups, norm.eps, silu, offset=offset, dropout=dropped)
+    if offset is not None:
+        x = x + expand_channels(offset, x)
     # With channels last torch's GroupNorm is many times slower on CPUs, and has no forward-mode derivative at all.
     if x.device.type == "cpu" or transformed():
         x = x.contiguous()

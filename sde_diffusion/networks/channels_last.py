@@ -10,7 +10,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ _SOURCE = Path(__file__).with_name("norm_silu.c")
 
 @lru_cache
 def _library() -> ctypes.CDLL | None:
-    return load_native(_SOURCE, norm_silu="PPPPPPPNNNNDIDNI", norm_silu_backward="PPPPPPPPPNNNNI")
+    return load_native(_SOURCE, norm_silu="PPPPPPPPPNNNNDIDNI", norm_silu_backward="PPPPPPPPPPPPNNNNI")
 
 
 @lru_cache
@@ -89,71 +89,6 @@ def fused(x: Tensor) -> bool:
 
 
 def norm_silu(
-    x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool, dropout: float = 0.0
-) -> Tensor:
-    """``f(weight GroupNorm(x) + bias)``, computed in float32, f being SiLU, with dropout if wanted, or nothing.
-
-    Args:
-        x: (B, C, H, W), for which :func:`fused` holds.
-        weight, bias: float32, (B, C): per image, or (1, C).
-        groups, eps: of GroupNorm (Wu & He 2018).
-        silu: whether to apply SiLU.
-        dropout: with SiLU, the probability of zeros among the results, of which the others are divided by 1 less it
-            (Srivastava et al. 2014). Which those are depends on torch's random state, not on threads.
-
-    Returns:
-        (B, C, H, W) in the layout and type of x. It has all derivatives in reverse mode.
-    """
-    weight, bias = (part.expand(x.shape[:2]).contiguous() for part in (weight, bias))
-    if dropout or (torch.is_grad_enabled() and any(part.requires_grad for part in (x, weight, bias))):
-        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout else 0
-        return _NormSiLU.apply(x, weight, bias, groups, eps, silu, dropout, seed)
-    return _forward(x, weight, bias, groups, eps, silu, keep=False)[0]
-
-
-class _NormSiLU(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        groups: int,
-        eps: float,
-        silu: bool,
-        dropout: float,
-        seed: int,
-    ) -> Tensor:
-        out, saved = _forward(x, weight, bias, groups, eps, silu, keep=True, dropout=dropout, seed=seed)
-        ctx.save_for_backward(x, weight, bias, *saved)
-        ctx.settings = groups, eps, silu, dropout, seed
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, slope, mean, rate = ctx.saved_tensors
-        if torch.is_grad_enabled() or not in_memory(grad):
-            found = differentiated(
-                lambda *inputs: written_out(*inputs, *ctx.settings), (x, weight, bias), grad
-            )
-            return (*found, *[None] * 5)
-        # Whoever keeps saved tensors elsewhere may bring them back in another layout.
-        last = torch.channels_last
-        x, grad = x.contiguous(memory_format=last), grad.to(x.dtype).contiguous(memory_format=last)
-        slope = None if slope is None else slope.contiguous(memory_format=last)
-        weight, mean, rate = weight.contiguous(), mean.contiguous(), rate.contiguous()
-        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        images, channels, height, width = x.shape
-        failed = _library().norm_silu_backward(  # type: ignore[union-attr]
-            *pointers(grad, slope, x, weight, mean, rate, of_x, of_weight, of_bias),
-            images, height * width, channels, ctx.settings[0], torch.get_num_threads(),
-        )  # fmt: skip
-        if failed:
-            raise MemoryError("no memory for the derivative of a GroupNorm")
-        return of_x, of_weight, of_bias, *[None] * 5
-
-
-def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -161,21 +96,91 @@ def _forward(
     eps: float,
     silu: bool,
     *,
-    keep: bool,
+    offset: Tensor | None = None,
     dropout: float = 0.0,
-    seed: int = 0,
-) -> tuple[Tensor, tuple[Tensor | None, Tensor, Tensor]]:
-    """The result, and what its derivative needs: the slope of SiLU, mean and 1 / deviation per channel (B, C)."""
+) -> Tensor:
+    """``f(weight GroupNorm(x + offset) + bias)`` in float32, f being SiLU, with dropout if wanted, or nothing.
+
+    Args:
+        x: (B, C, H, W), for which :func:`fused` holds.
+        weight, bias: float32, (B, C): per image, or (1, C).
+        groups, eps: of GroupNorm (Wu & He 2018).
+        silu: whether to apply SiLU.
+        offset: float32, (B, C) or (1, C), or None for zero.
+        dropout: with SiLU, the probability of zeros among the results, of which the others are divided by 1 less it
+            (Srivastava et al. 2014). Which those are depends on torch's random state, not on threads.
+
+    Returns:
+        (B, C, H, W) in the layout and type of x. It has all derivatives in reverse mode.
+    """
+    weight, bias = (part.expand(x.shape[:2]).contiguous() for part in (weight, bias))
+    offset = None if offset is None else offset.expand(x.shape[:2]).contiguous()
+    tensors = x, weight, bias, offset
+    if dropout or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if dropout else 0
+        return _NormSiLU.apply(*tensors, _Settings(groups, eps, silu, dropout, seed))
+    return _forward(*tensors, _Settings(groups, eps, silu), keep=False)[0]
+
+
+class _Settings(NamedTuple):
+    groups: int
+    eps: float
+    silu: bool
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class _NormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None, settings: _Settings
+    ) -> Tensor:
+        out, saved = _forward(x, weight, bias, offset, settings, keep=True)
+        ctx.save_for_backward(x, weight, bias, offset, *saved)
+        ctx.settings = settings
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, offset, slope, *statistics = ctx.saved_tensors
+        if torch.is_grad_enabled() or not in_memory(grad):
+            inputs = (x, weight, bias) if offset is None else (x, weight, bias, offset)
+            found = differentiated(lambda *parts: written_out(*parts, settings=ctx.settings), inputs, grad)
+            return *found, *[None] * (5 - len(found))
+        # Whoever keeps saved tensors elsewhere may bring them back in another layout.
+        last = torch.channels_last
+        x, grad = x.contiguous(memory_format=last), grad.to(x.dtype).contiguous(memory_format=last)
+        slope = None if slope is None else slope.contiguous(memory_format=last)
+        weight, *statistics = (part.contiguous() for part in (weight, *statistics))
+        of_x, of_weight, of_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        offset = None if offset is None else offset.contiguous()
+        of_offset = None if offset is None else torch.empty_like(offset)
+        images, channels, height, width = x.shape
+        failed = _library().norm_silu_backward(  # type: ignore[union-attr]
+            *pointers(grad, slope, x, weight, offset, *statistics, of_x, of_weight, of_bias, of_offset),
+            images, height * width, channels, ctx.settings.groups, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the derivative of a GroupNorm")
+        return of_x, of_weight, of_bias, of_offset, None
+
+
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None, settings: _Settings, *, keep: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The result, and what its derivative needs: the slope of SiLU, and of each channel (B, C) mean and 1 / deviation
+    of its group and its own mean."""
+    groups, eps, silu, dropout, seed = settings
     out, slope = torch.empty_like(x), torch.empty_like(x) if silu and keep else None
-    mean, rate = torch.empty_like(weight), torch.empty_like(weight)
+    statistics = [torch.empty_like(weight) for _ in range(3)]
     images, channels, height, width = x.shape
     failed = _library().norm_silu(  # type: ignore[union-attr]
-        *pointers(x, weight, bias, out, slope, mean, rate),
+        *pointers(x, weight, bias, offset, out, slope, *statistics),
         images, height * width, channels, groups, eps, silu, dropout, seed, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for a GroupNorm")
-    return out, (slope, mean, rate)
+    return out, (slope, *statistics)
 
 
 def differentiated(
@@ -207,18 +212,13 @@ def pointers(*tensors: Tensor | None) -> list[int | None]:
 
 
 def written_out(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    groups: int,
-    eps: float,
-    silu: bool,
-    dropout: float = 0.0,
-    seed: int = 0,
+    x: Tensor, weight: Tensor, bias: Tensor, offset: Tensor | None = None, *, settings: _Settings
 ) -> Tensor:
     """:func:`norm_silu` by torch's operations, with the seed of its dropout."""
+    groups, eps, silu, dropout, seed = settings
+    x32 = x.float() if offset is None else x.float() + offset[:, :, None, None]
     weight, bias = weight[:, :, None, None], bias[:, :, None, None]
-    y = torch.addcmul(bias, F.group_norm(x.float().contiguous(), groups, eps=eps), weight)
+    y = torch.addcmul(bias, F.group_norm(x32.contiguous(), groups, eps=eps), weight)
     y = F.silu(y) if silu else y
     if dropout:
         y = y * stays(x.shape, dropout, seed) / (1 - dropout)

@@ -1,7 +1,7 @@
 /* GroupNorm, a scale and shift per image and channel, SiLU and dropout, for images in bfloat16 whose channels come last.
 
-   An image x is (pixels, channels). y = scale x + shift, with scale = weight / deviation of the group and shift = bias - mean
-   scale; the result is y, or y / (1 + exp(-y)). A thread takes whole images, 32 channels of all pixels at a time. Sums are
+   An image x is (pixels, channels); each channel may have an offset s, and x + s is what is normalised. y = scale x + shift,
+   with scale = weight / deviation of the group and shift = bias - (mean - s) scale; the result is y, or y / (1 + exp(-y)). A thread takes whole images, 32 channels of all pixels at a time. Sums are
    made in float over 128 pixels, and those added in double. */
 
 #include "vectors.h"
@@ -142,11 +142,11 @@ INLINE void combine(const bf16 *g, const bf16 *slope, const bf16 *x, int64_t pix
         }
 }
 
-/* x, out, slope: (images, pixels, channels), slope may be NULL; weight, bias, mean, rate: (images, channels), of which the
-   last two are results: the mean and 1 / deviation of each channel's group. dropout: a probability, of which what is dropped
+/* x, out, slope: (images, pixels, channels), slope may be NULL; the others (images, channels), offset may be NULL. Results
+   are out, slope, and mean and rate, the mean and 1 / deviation of each channel's group, and middle, its own mean. dropout: a probability, of which what is dropped
    is a function of the seed and the place; only with silu and slope. Returns 0, or 1 without memory. */
-int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, bf16 *slope, float *mean, float *rate,
-              int64_t images, int64_t pixels, int64_t channels, int64_t groups, double eps, int silu, double dropout,
+int norm_silu(const bf16 *x, const float *weight, const float *bias, const float *offset, bf16 *out, bf16 *slope,
+              float *mean, float *rate, float *middle, int64_t images, int64_t pixels, int64_t channels, int64_t groups, double eps, int silu, double dropout,
               int64_t seed, int threads) {
     int64_t width = channels / groups;
     const drop dropped = {{(uint32_t)seed, (uint32_t)((uint64_t)seed >> 32)}, (uint32_t)(dropout * 4294967296.0),
@@ -165,6 +165,12 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, 
             bf16 *to = out + row * pixels, *slopes = slope ? slope + row * pixels : NULL;
 #define MOMENTS(c, n, vectors) moments(from + c, pixels, channels, first + c, second + c, n, vectors)
             IN_BLOCKS(channels, MOMENTS);
+            for (int64_t c = 0; c < channels; c++) {
+                double s = offset ? offset[row + c] : 0.0;
+                second[c] += s * (2.0 * first[c] + pixels * s);
+                first[c] += pixels * s;
+                middle[row + c] = (float)(first[c] / pixels);
+            }
             for (int64_t start = 0; start < channels; start += width) {
                 double m = 0.0, v = 0.0;
                 for (int64_t c = start; c < start + width; c++) m += first[c], v += second[c];
@@ -175,7 +181,7 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, 
                     mean[row + c] = (float)m;
                     rate[row + c] = (float)r;
                     scale[c] = (float)(weight[row + c] * r);
-                    shift[c] = (float)(bias[row + c] - m * weight[row + c] * r);
+                    shift[c] = (float)(bias[row + c] - (m - (offset ? offset[row + c] : 0.0)) * weight[row + c] * r);
                 }
             }
             uint32_t place = (uint32_t)(row * pixels);
@@ -204,10 +210,12 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, bf16 *out, 
     return failed;
 }
 
-/* The derivatives, for the gradient g of the result: of_x like x, of_weight and of_bias (images, channels). */
-int norm_silu_backward(const bf16 *g, const bf16 *slope, const bf16 *x, const float *weight, const float *mean,
-                       const float *rate, bf16 *of_x, float *of_weight, float *of_bias, int64_t images, int64_t pixels,
-                       int64_t channels, int64_t groups, int threads) {
+/* The derivatives, for the gradient g of the result: of_x like x, of_weight, of_bias and of_offset (images, channels), the
+   last NULL where offset is. */
+int norm_silu_backward(const bf16 *g, const bf16 *slope, const bf16 *x, const float *weight, const float *offset,
+                       const float *mean, const float *rate, const float *middle, bf16 *of_x, float *of_weight,
+                       float *of_bias, float *of_offset, int64_t images, int64_t pixels, int64_t channels, int64_t groups,
+                       int threads) {
     int64_t width = channels / groups;
     int failed = 0;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
@@ -228,11 +236,12 @@ int norm_silu_backward(const bf16 *g, const bf16 *slope, const bf16 *x, const fl
                 IN_BLOCKS(channels, SLOPED_SUMS);
             else
                 IN_BLOCKS(channels, SUMS);
+#define OFFSET(c) (offset ? offset[row + (c)] : 0.0)
             /* d/dx = rate (w g - <w g> - xhat <w g xhat>), the means < > being over the group. */
             for (int64_t start = 0; start < channels; start += width) {
                 double m = mean[row + start], r = rate[row + start], steady = 0.0, tilt = 0.0;
                 for (int64_t c = start; c < start + width; c++) {
-                    double hat = (along[c] - m * sum[c]) * r;
+                    double hat = (along[c] - (m - OFFSET(c)) * sum[c]) * r;
                     of_weight[row + c] = (float)hat;
                     of_bias[row + c] = (float)sum[c];
                     steady += weight[row + c] * sum[c];
@@ -243,7 +252,10 @@ int norm_silu_backward(const bf16 *g, const bf16 *slope, const bf16 *x, const fl
                 for (int64_t c = start; c < start + width; c++) {
                     a[c] = (float)(weight[row + c] * r);
                     b[c] = (float)-tilt;
-                    d[c] = (float)(m * tilt - steady);
+                    d[c] = (float)((m - OFFSET(c)) * tilt - steady);
+                    if (of_offset)
+                        of_offset[row + c] = (float)(weight[row + c] * r * sum[c] -
+                                                     pixels * ((middle[row + c] - m) * tilt + steady));
                 }
             }
 #define SLOPED_X(c, n, vectors) \
