@@ -3,15 +3,16 @@
     git worktree add /tmp/before 95d3c71
     python experiments/versions.py --folders /tmp/before . --repeats 60
 
-Each version runs in a process of its own that stays, on one thread; a turn is one step that does not count and two that
-do, in seconds of the processor. The figures are medians, and the median and quartiles of the ratio of each turn to
+Each version runs in a process of its own that stays, on one thread; a turn is one step that does not count and two
+that do, in seconds of the processor. The figures are the median, and median and quartiles of the ratio of each turn to
 that of the first version, so that what comes and goes on the machine meets both sides alike. ``FOLDER:KEY=VALUE``
-changes a key of the config, such as ``.:model.blocks_per_level=2``.
+changes a key of the config, the value as in JSON, such as ``.:model.blocks_per_level=2``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -48,9 +49,11 @@ def work(folder: str, changes: list[str]) -> None:
         pass
     torch.set_num_threads(1)
     config = default_config()
-    quiet = {"training.log_every": "0", "training.eval_every": "0", "training.checkpoint_every": "0"}
-    for key, value in (quiet | dict(change.split("=", 1) for change in changes)).items():
-        set_key(config, key, value)
+    for name in ("log_every", "eval_every", "checkpoint_every"):
+        set_key(config, f"training.{name}", 0)
+    for change in changes:
+        key, value = change.split("=", 1)
+        set_key(config, key, json.loads(value))
     data = build.dataset(config)
     model = build.score_model(config, build.DataInfo.of(data))
     with tempfile.TemporaryDirectory() as place:
@@ -103,10 +106,8 @@ def main() -> None:
         assert process.stdout is not None
         if process.stdout.readline().strip() != "ready":
             raise SystemExit(f"{version} did not start; what it said is above")
-    seconds = [
-        list(turns)
-        for turns in zip(*[[turn(p) for p in processes] for _ in range(options.repeats)], strict=True)
-    ]
+    turns = [[turn(process) for process in processes] for _ in range(options.repeats)]
+    seconds = [list(taken) for taken in zip(*turns, strict=True)]
     print("| version | images/s | times the first | quartiles |\n|---|---|---|---|")
     for version, taken in zip(options.folders, seconds, strict=True):
         low, middle, high = statistics.quantiles(
