@@ -4,7 +4,7 @@
     python experiments/versions.py --folders /tmp/before . --repeats 60
 
 Each version runs in a process of its own that stays, on one thread; a turn is one step that does not count and two
-that do, in seconds of the processor. The figures are the median, and median and quartiles of the ratio of each turn to
+that do, in seconds of the processor. The figures are the median, and median and quartiles of each turn's ratio to
 that of the first version, so that what comes and goes on the machine meets both sides alike. ``FOLDER:KEY=VALUE``
 changes a key of the config, the value as in JSON, such as ``.:model.blocks_per_level=2``.
 """
