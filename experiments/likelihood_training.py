@@ -36,6 +36,7 @@ SIMPLE = {
 }
 NOISE = {"model.parametrization": "noise"}  # the default objective is the likelihood's
 COMMON = {
+    "model.blocks_per_level": 2,
     **{f"report.{name}": False for name in ("pc", "ode", "likelihood", "baseline", "quality")},
     "training.eval_every": 0,
     "device": "cpu",

@@ -23,7 +23,8 @@ The sides take turns, after warm-up; times are medians, ± the distance of their
 have freed, as our command line does, the others' return it, as Python does by itself; so each turn has two steps,
 of which the second counts.
 A training step is forward, backward, optimizer and moving average of the weights. Peak memory is that of a
-process of its own per side. Results go to ``experiments/results/throughput_<machine>.md`` and ``.json``.
+process of its own per side. Results go to ``experiments/results/throughput_<machine>.md`` and ``.json``, those of
+some sections to files of their own.
 """
 
 from __future__ import annotations
@@ -595,6 +596,8 @@ def main() -> None:
             run[name]()
     options.out.mkdir(parents=True, exist_ok=True)
     label = "".join(c if c.isalnum() else "_" for c in f"{platform.node()} {machine()}")
+    if set(options.sections) != set(sections):  # beside the others
+        label = "_".join([label, *options.sections])
     about = {"machine": machine(), "node": platform.node(), "torch": torch.__version__}
     about |= {"threads": options.threads, "clock": options.clock, "repeats": options.repeats}
     path = options.out / f"throughput_{label}"

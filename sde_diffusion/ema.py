@@ -22,8 +22,8 @@ class EMA(AveragedModel):
     k)``.
 
     The first update copies the weights; buffers are copied at every update. ``.module`` is the averaged
-    model, in evaluation mode and without gradients. Which tensors there are is looked up once for each model that is
-    followed: of a network with many layers, that takes as long as the averaging.
+    model, in evaluation mode and without gradients. Where a model keeps its tensors is looked up at its first update,
+    as that takes as long as the averaging; tensors may be replaced afterwards, layers not.
 
     Args:
         model: the model to follow; it is copied.
@@ -58,34 +58,66 @@ class EMA(AveragedModel):
         """
         if self._pairs is None or self._pairs.model is not model:
             self._pairs = _Pairs.of(self.module, model)
-        _, averaged, current, buffers, current_buffers = self._pairs
-        if self.updates:
+        averaged, current = self._pairs.parameters()
+        if not averaged:
+            pass
+        elif self.updates:
             torch._foreach_lerp_(averaged, current, 1.0 - ema_decay(self.decay, self.updates))
         else:
             torch._foreach_copy_(averaged, current)
+        buffers, current = self._pairs.buffers()
         if buffers:
-            torch._foreach_copy_(buffers, current_buffers)
+            torch._foreach_copy_(buffers, current)
         self.n_averaged += 1
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pairs": None}  # copies follow a model of their own
 
 
+_Place = tuple[dict[str, Any], str]
+"""Where a module keeps a tensor, which may be replaced there."""
+
+
 class _Pairs(NamedTuple):
-    """The tensors of an averaged model and of the one that it follows."""
+    """Where an averaged model and the one that it follows keep their tensors."""
 
     model: nn.Module
-    averaged: list[Tensor]
-    current: list[Tensor]
-    buffers: list[Tensor]
-    current_buffers: list[Tensor]
+    places: tuple[list[_Place], list[_Place]]
+    buffer_places: tuple[list[_Place], list[_Place]]
 
     @staticmethod
     def of(averaged: nn.Module, model: nn.Module) -> _Pairs:
-        found: list[list[Tensor]] = []
-        for name in ("parameters", "buffers"):
-            found += [list(getattr(part, name)()) for part in (averaged, model)]
-        for mine, theirs in (found[:2], found[2:]):
-            if [tensor.shape for tensor in mine] != [tensor.shape for tensor in theirs]:
+        pairs = _Pairs(
+            model,
+            (_places(averaged, "_parameters"), _places(model, "_parameters")),
+            (_places(averaged, "_buffers"), _places(model, "_buffers")),
+        )
+        for mine, theirs in (pairs.places, pairs.buffer_places):
+            if [d[name].shape for d, name in mine] != [d[name].shape for d, name in theirs]:
                 raise ValueError("the model has other parameters or buffers than its average")
-        return _Pairs(model, *found)
+        return pairs
+
+    def parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the average, and those of the model on the same devices."""
+        return _tensors(*self.places)
+
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Likewise."""
+        return _tensors(*self.buffer_places)
+
+
+def _places(module: nn.Module, kind: str) -> list[_Place]:
+    """Of a module's parameters or buffers, each once."""
+    found: dict[int, _Place] = {}
+    for part in module.modules():
+        tensors = getattr(part, kind)
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (tensors, name))
+    return list(found.values())
+
+
+def _tensors(mine: list[_Place], theirs: list[_Place]) -> tuple[list[Tensor], list[Tensor]]:
+    averaged, current = ([place[name] for place, name in places] for places in (mine, theirs))
+    pairs = zip(averaged, current, strict=True)
+    return averaged, [b if a.device == b.device else b.to(a.device) for a, b in pairs]

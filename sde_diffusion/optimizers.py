@@ -132,29 +132,37 @@ class _InMemoryOrder:
     """For torch's fused Adam on CPUs: hands it weights with their channels last in the order in which they lie.
 
     By itself (torch 2.13) it goes through weights, gradients and states as they lie in memory, whatever their strides
-    say, and copies these gradients besides.
+    say, and copies these gradients besides. Gradients that lie otherwise are brought into order here, states refused.
     """
 
     def _init_group(self, group: dict[str, Any], *collected: Any) -> Any:
         found = super()._init_group(group, *collected)  # type: ignore[misc]
-        parameters, gradients, *states = (part for part in collected if isinstance(part, list))
-        for i, parameter in enumerate(parameters):
-            if _is_last(parameter):
-                parameters[i] = parameter.detach().permute(0, 2, 3, 1)
-                gradients[i] = gradients[i].permute(0, 2, 3, 1).contiguous()
-                for tensors in states:
-                    if len(tensors) == len(parameters) and tensors[i].shape == parameter.shape:
-                        tensors[i] = tensors[i].permute(0, 2, 3, 1)
-                        if not tensors[i].is_contiguous():
-                            raise RuntimeError(
-                                "a state has another layout than its weight: see follow_layout"
-                            )
+        if group["fused"]:
+            parameters, gradients, *states = (part for part in collected if isinstance(part, list))
+            for i, parameter in enumerate(parameters):
+                if parameter.device.type != "cpu":
+                    continue
+                if not _lie_alike(gradients[i], parameter):
+                    gradients[i] = torch.empty_like(parameter).copy_(gradients[i])
+                beside = [part for part in states if len(part) == len(parameters)]
+                beside = [part for part in beside if part[i].shape == parameter.shape]
+                if not all(_lie_alike(part[i], parameter) for part in beside):
+                    raise RuntimeError("a state has another layout than its weight: see follow_layout")
+                if _is_last(parameter):
+                    for part in (parameters, gradients, *beside):
+                        part[i] = part[i].detach().permute(0, 2, 3, 1)
         return found
 
 
+def _lie_alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same order in memory."""
+    return (
+        a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()) or (_is_last(a) and _is_last(b))
+    )
+
+
 def _is_last(x: Tensor) -> bool:
-    last = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return last and x.device.type == "cpu"
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Adam(_InMemoryOrder, torch.optim.Adam):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,40 @@ def test_a_step_is_adam_on_the_clipped_gradient(tmp_path):
         expected = p.detach() - 3e-3 * g / (g.abs() + 1e-8)
         torch.testing.assert_close(new.detach(), expected, rtol=1e-4, atol=1e-6)
     assert scalars(tmp_path)["train/gradient_norm"] == [(1, pytest.approx(norm, rel=1e-5))]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.load_state_dict(model.state_dict(), assign=True),
+        lambda model: setattr(model[0], "weight", nn.Parameter(torch.zeros(3, 2))),
+        lambda model: model.double(),
+        lambda model: setattr(model[1], "running_mean", model[1].running_mean + 1),
+    ],
+    ids=["assigned", "another weight", "converted", "another buffer"],
+)
+def test_ema_follows_what_replaces_a_tensor(change: Callable[[nn.Module], object]) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    ema = EMA(model, 0.0)
+    ema.update_parameters(model)
+    change(model)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), model[1].running_mean):
+            tensor.fill_(5.0)
+    ema.module.to(model[0].weight.dtype)
+    ema.update_parameters(model)
+    for tensor in (*ema.module.parameters(), ema.module[1].running_mean):
+        assert bool((tensor == 5.0).all())
+
+
+def test_ema_of_what_has_no_weights_and_of_another_model() -> None:
+    ema = EMA(nn.Identity(), 0.9)
+    ema.update_parameters(nn.Identity())
+    assert ema.updates == 1
+    with pytest.raises(ValueError, match="other parameters"):
+        ema.update_parameters(nn.Linear(2, 2))
+    ema = copy.deepcopy(EMA(nn.Linear(2, 2), 0.9))
+    ema.update_parameters(nn.Linear(2, 2))
 
 
 def test_ema_follows_its_formula():
