@@ -177,7 +177,7 @@ def test_a_state_that_does_not_follow_its_weight_is_refused() -> None:
     follow_layout(optimizer)
     optimizer.step()
     plain = Adam([weight], fused=False)  # which may have any
-    plain.load_state_dict(optimizer.state_dict())
+    plain.step()
     plain.state[weight]["exp_avg"] = plain.state[weight]["exp_avg"].contiguous()
     plain.step()
 
