@@ -22,7 +22,6 @@ def get_config(variant: str = "linear") -> ConfigDict:
     config.model.parametrization = "noise"
     config.model.learned_variance = variant == "learned_variance"
     config.model.channels = 64
-    config.model.blocks_per_level = 2
     config.model.channel_multipliers = (1, 2, 2)
     config.model.attention_levels = (1, 2)
     config.training.objective = "hybrid" if variant == "learned_variance" else "simple"
