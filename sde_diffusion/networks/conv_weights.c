@@ -12,13 +12,11 @@
 
 #ifdef HAVE_TILES
 
-#define WORDS 256           /* of a tile */
+#define WORDS 256            /* of a tile */
 #define PORTION (1536 << 10) /* bytes of packed images */
 #define TAPS 9
 
 static const layout FULL = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
-
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 typedef struct {
     const bf16 *x, *g;
@@ -31,19 +29,10 @@ typedef struct {
     float *sums;                   /* of g, (pairs, blocks, 16) */
 } problem;
 
-INLINE words load(const bf16 *x, int64_t n) {
-    halves part = {0};
-    if (n >= LANES)
-        memcpy(&part, x, sizeof part);
-    else
-        memcpy(&part, x, n * sizeof(bf16));
-    return __builtin_convertvector(part, words);
-}
-
 /* n channels of the same pixel of two images, of which the second may be missing. */
 INLINE words pair(const bf16 *a, const bf16 *b, int64_t n) {
-    words both = load(a, n);
-    if (b) both |= load(b, n) << 16;
+    words both = load_halves(a, n);
+    if (b) both |= load_halves(b, n) << 16;
     return both;
 }
 

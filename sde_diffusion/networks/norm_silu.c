@@ -1,22 +1,18 @@
 /* GroupNorm, a scale and shift per image and channel, SiLU and dropout, for images in bfloat16 whose channels come last.
 
    An image x is (pixels, channels); each channel may have an offset s, and x + s is what is normalised. y = scale x + shift,
-   with scale = weight / deviation of the group and shift = bias - (mean - s) scale; the result is y, or y / (1 + exp(-y)). A thread takes whole images, 32 channels of all pixels at a time. Sums are
-   made in float over 128 pixels, and those added in double. */
+   with scale = weight / deviation of the group and shift = bias - (mean - s) scale; the result is y, or y / (1 + exp(-y)). A
+   thread takes whole images, 32 channels of all pixels at a time. Sums are made in float over 128 pixels, and those added in
+   double. */
 
 #include "vectors.h"
 
 #define BLOCK 32
 #define PORTION 128
-
-typedef bf16 halves __attribute__((vector_size(2 * LANES)));
+#define OFFSET(c) (offset ? offset[row + (c)] : 0.0)
 
 /* n <= LANES values; the lanes after them are zero. */
-INLINE floats load(const bf16 *x, int n) {
-    halves part = {0};
-    memcpy(&part, x, n * sizeof(bf16));
-    return (floats)(__builtin_convertvector(part, words) << 16);
-}
+INLINE floats load(const bf16 *x, int n) { return (floats)(load_halves(x, n) << 16); }
 
 /* To the nearest, ties to even; NaN stays NaN. */
 INLINE void store(bf16 *x, floats values, int n) {
@@ -37,7 +33,7 @@ INLINE floats load_floats(const float *x, int n) {
 /* 1 / (1 + exp(-y)) to 3e-6, relative; NaN stays NaN. */
 INLINE floats sigmoid(floats y) {
     const floats most = (floats){0} + 125.0f;
-    floats z = y * -1.44269504f; /* 2^z = exp(-y) */
+    floats z = y * -LOG2E; /* 2^z = exp(-y) */
     return 1.0f / (power(pick(z > most, most, z)) + 1.0f);
 }
 
@@ -166,7 +162,7 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, const float
 #define MOMENTS(c, n, vectors) moments(from + c, pixels, channels, first + c, second + c, n, vectors)
             IN_BLOCKS(channels, MOMENTS);
             for (int64_t c = 0; c < channels; c++) {
-                double s = offset ? offset[row + c] : 0.0;
+                double s = OFFSET(c);
                 second[c] += s * (2.0 * first[c] + pixels * s);
                 first[c] += pixels * s;
                 middle[row + c] = (float)(first[c] / pixels);
@@ -181,7 +177,7 @@ int norm_silu(const bf16 *x, const float *weight, const float *bias, const float
                     mean[row + c] = (float)m;
                     rate[row + c] = (float)r;
                     scale[c] = (float)(weight[row + c] * r);
-                    shift[c] = (float)(bias[row + c] - (m - (offset ? offset[row + c] : 0.0)) * weight[row + c] * r);
+                    shift[c] = (float)(bias[row + c] - (m - OFFSET(c)) * weight[row + c] * r);
                 }
             }
             uint32_t place = (uint32_t)(row * pixels);
@@ -236,7 +232,6 @@ int norm_silu_backward(const bf16 *g, const bf16 *slope, const bf16 *x, const fl
                 IN_BLOCKS(channels, SLOPED_SUMS);
             else
                 IN_BLOCKS(channels, SUMS);
-#define OFFSET(c) (offset ? offset[row + (c)] : 0.0)
             /* d/dx = rate (w g - <w g> - xhat <w g xhat>), the means < > being over the group. */
             for (int64_t start = 0; start < channels; start += width) {
                 double m = mean[row + start], r = rate[row + start], steady = 0.0, tilt = 0.0;

@@ -23,6 +23,17 @@ typedef uint16_t bf16;
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int32_t masks __attribute__((vector_size(4 * LANES)));
+typedef bf16 halves __attribute__((vector_size(2 * LANES)));
+
+/* n values in the lower halves of words; the lanes after them are zero. */
+INLINE words load_halves(const bf16 *x, int64_t n) {
+    halves part = {0};
+    if (n >= LANES)
+        memcpy(&part, x, sizeof part);
+    else
+        memcpy(&part, x, n * sizeof(bf16));
+    return __builtin_convertvector(part, words);
+}
 
 INLINE floats pick(masks which, floats a, floats b) { return (floats)(((words)a & (words)which) | ((words)b & ~(words)which)); }
 
