@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sde_diffusion.devices import choose_precision
+from sde_diffusion.networks.channels_last import is_channels_last
 
 __all__ = ["Adam", "AdamW", "Muon", "Together", "follow_layout", "layer_matrices", "orthogonalized"]
 
@@ -148,7 +149,7 @@ class _InMemoryOrder:
                 beside = [part for part in beside if part[i].shape == parameter.shape]
                 if not all(_lie_alike(part[i], parameter) for part in beside):
                     raise RuntimeError("a state has another layout than its weight: see follow_layout")
-                if _is_last(parameter):
+                if is_channels_last(parameter):
                     for part in (parameters, gradients, *beside):
                         part[i] = part[i].detach().permute(0, 2, 3, 1)
         return found
@@ -157,12 +158,10 @@ class _InMemoryOrder:
 def _lie_alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape have their elements in the same order in memory."""
     return (
-        a.stride() == b.stride() or (a.is_contiguous() and b.is_contiguous()) or (_is_last(a) and _is_last(b))
+        a.stride() == b.stride()
+        or (a.is_contiguous() and b.is_contiguous())
+        or (is_channels_last(a) and is_channels_last(b))
     )
-
-
-def _is_last(x: Tensor) -> bool:
-    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class Adam(_InMemoryOrder, torch.optim.Adam):
