@@ -1,7 +1,7 @@
 """Images per second in training and in inference, beside those of other implementations.
 
     python experiments/throughput.py                               # all that this machine can do
-    python experiments/throughput.py --sections unet2d small       # parts of it
+    python experiments/throughput.py --sections unet2d profile     # parts of it
     OMP_NUM_THREADS=1 python experiments/throughput.py --threads 1 --clock cpu    # on a machine that others use
 
 Sections:
@@ -9,12 +9,12 @@ Sections:
 - ``unet2d``: our ``UNet2D`` against diffusers' ``UNet2DModel`` as its users run it (float32, eager, AdamW and
   EMAModel at their defaults), of the same architecture and parameters, 32x32, 64 to 128 channels, batch 8;
 - ``ddpmpp``: our DDPM++ of the CIFAR-10 preset, batch 4, against the figures of the reference implementation;
-- ``small``: the default job (8x8 digits), through the trainer itself; to compare two versions of the package,
-  put each in turn first on ``PYTHONPATH``;
 - ``profile``: where our training step spends its time, and which fraction of the measured peak it reaches;
 - ``gradients``: single 3x3 convolutions, and their derivatives by the weights in C and by torch (AMX only);
 - ``loss``: whether 200 steps in the default precision have the losses of 200 steps in float32;
 - ``gpu``: DDPM++ in bfloat16, channels_last and CUDA graphs, against diffusers (not without a GPU).
+
+The default job (8x8 digits) is ``experiments/versions.py``'s.
 
 Auto precision is the default of training; sampling has it with ``sampling.precision=auto`` and is in float32
 by default, for which the inference of the rows in float32 stands.
@@ -37,7 +37,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -53,10 +52,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from sde_diffusion import build
 from sde_diffusion.allocator import keep_freed_memory, return_freed_memory
-from sde_diffusion.build import DataInfo
-from sde_diffusion.config import default_config, set_key
 from sde_diffusion.data import load_dataset
 from sde_diffusion.devices import choose_precision
 from sde_diffusion.ema import EMA
@@ -68,7 +64,6 @@ from sde_diffusion.networks.unet2d import UNet2D
 from sde_diffusion.presets import preset
 from sde_diffusion.score import frozen_weights_in
 from sde_diffusion.tensors import expand
-from sde_diffusion.training import Trainer
 from sde_diffusion.training_settings import TrainingSettings
 
 UNET2D: dict[str, Any] = {  # 8,952,067 parameters
@@ -348,37 +343,6 @@ def against_reference(bench: Bench, threads: int) -> None:
         bench.say(f"- {key}: {rate / figure:.2f} times the reference's {figure} images/s (float32, 2 cores)")
 
 
-class Silent:
-    """What a training step reports to, which does nothing."""
-
-    def advance(self) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-
-def small(bench: Bench, steps: int = 1000) -> None:
-    """The default job."""
-    config = default_config()
-    for key, value in {"steps": steps, "log_every": 0, "eval_every": 0, "checkpoint_every": 0}.items():
-        set_key(config, f"training.{key}", value)
-    data = build.dataset(config)
-    model = build.score_model(config, DataInfo.of(data))
-    with tempfile.TemporaryDirectory() as folder:
-        settings = build.training_settings(config)
-        trainer = Trainer(model, data, settings, folder, config.to_dict(), progress=False)
-        trainer.model.train()
-        (seconds,) = bench.alternate([lambda: trainer._train_step(Silent())])  # type: ignore[arg-type]
-        batch = settings.batch_size
-        with torch.no_grad():
-            x = torch.randn(batch, *DataInfo.of(data).shape)
-            (inference,) = bench.alternate([lambda: trainer.ema.module(x, torch.tensor(0.5))])
-    rates = {"train_images_per_second": batch / seconds, "infer_images_per_second": batch / inference}
-    bench.results["default job"] = rates
-    bench.say("", f"## The default job: 8x8, batch {batch}", "")
-    bench.say(f"- training: {batch / seconds:.0f} images/s, {1e3 * seconds:.1f} ms per step")
-    bench.say(f"- averaged model: {batch / inference:.0f} images/s")
-
-
 def peaks(bench: Bench) -> dict[str, float]:
     """The most GFLOP/s that a product of matrices and a convolution reach here, by precision."""
     found = {}
@@ -563,7 +527,7 @@ def machine() -> str:
 
 def main() -> None:
     """The command line."""
-    sections = ("unet2d", "ddpmpp", "small", "profile", "gradients", "loss", "gpu")
+    sections = ("unet2d", "ddpmpp", "profile", "gradients", "loss", "gpu")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -585,7 +549,6 @@ def main() -> None:
     run: dict[str, Callable[[], None]] = {
         "unet2d": lambda: unet2d(bench, options.threads),
         "ddpmpp": lambda: against_reference(bench, options.threads),
-        "small": lambda: small(bench),
         "profile": lambda: profiled(bench),
         "loss": lambda: loss_curves(bench, options.loss_steps),
         "gradients": lambda: gradients(bench),
