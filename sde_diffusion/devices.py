@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sde_diffusion.errors import unknown_name
+from sde_diffusion.processor import computes_in_bfloat16
 
 __all__ = ["DEVICES", "PRECISIONS", "choose_device", "choose_precision"]
 
@@ -42,12 +43,6 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            fast = _cpu_computes_in_bfloat16()
+            fast = computes_in_bfloat16()
         return torch.bfloat16 if fast else torch.float32
     return torch.bfloat16 if name == "bfloat16" else torch.float32
-
-
-def _cpu_computes_in_bfloat16() -> bool:
-    # torch has no public question for this; without the private one the answer is no, which is only slower.
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)

@@ -35,7 +35,7 @@ FORWARD = (
 )
 CHAINS = (
     (
-        "errors tensors",
+        "errors tensors processor",
         f"{FORWARD} networks",
         "score quantized learned_variance",
         "losses",
@@ -45,7 +45,7 @@ CHAINS = (
         *EDGE,
     ),
     (
-        "errors tensors",
+        "errors tensors processor",
         FORWARD,
         "ode",
         "times predictors correctors reverse_steps",
@@ -55,7 +55,7 @@ CHAINS = (
         *EDGE,
     ),
     (
-        "errors tensors",
+        "errors tensors processor",
         FORWARD,
         "ode",
         "scipy_ode",
@@ -65,7 +65,7 @@ CHAINS = (
         *EDGE,
     ),
     (
-        "errors tensors",
+        "errors tensors processor",
         "arrays devices",
         "data metrics pictures checkpoint ema interrupts",
         "training",

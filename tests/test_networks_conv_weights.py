@@ -1,4 +1,4 @@
-"""The 3x3 convolution with derivatives by matrix tiles against torch's own in float64."""
+"""The 3x3 convolution with derivatives in C against torch's own in float64."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.nn import functional as F
 
 from sde_diffusion.networks import UNet, channels_last, conv_weights, narrow_attention
 from sde_diffusion.networks.blocks import repeat_and_convolve
-from sde_diffusion.networks.conv_weights import fitting, tiled_conv3x3, weight_gradient
+from sde_diffusion.networks.conv_weights import fitting, conv3x3_in_bfloat16, weight_gradient
 from sde_diffusion.networks.convolution import Conv3x3
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     HERE = channels_last.available() and conv_weights._library() is not None
-pytestmark = pytest.mark.skipif(not HERE, reason="no matrix tiles (AMX) here, or no compiler for them")
+pytestmark = pytest.mark.skipif(not HERE, reason="no bfloat16 in this processor, or no compiler for it")
 
 
 def images(*shape: int, seed: int = 0) -> Tensor:
@@ -65,7 +65,9 @@ def test_derivatives_by_weight_and_bias_are_those_of_the_convolution(
     bias = torch.zeros(out, dtype=torch.float64, requires_grad=True)
     wanted = torch.autograd.grad(F.conv2d(x.double(), weight, bias, padding=1), (weight, bias), grad.double())
     assert of_weight.dtype == of_bias.dtype == torch.float32
-    assert relative(of_weight, wanted[0]) < 1e-6 and relative(of_bias, wanted[1]) < 1e-6
+    steps = (batch + 1) // 2 * height * width  # each rounds a sum by a uniform share of 2^-24 at most
+    assert relative(of_weight, wanted[0]) < 2.0**-24 * (1 + 2 * (steps / 3) ** 0.5)
+    assert relative(of_bias, wanted[1]) < 1e-6
 
 
 def test_the_sums_do_not_depend_on_threads() -> None:
@@ -94,7 +96,7 @@ def test_value_and_derivative_by_the_image_are_those_of_torch() -> None:
     inputs, cotangent = problem(), images(3, 24, 5, 9, seed=3)
     with in_bfloat16():
         assert fitting(*inputs[:2])
-        out, wanted = tiled_conv3x3(*inputs), F.conv2d(*inputs, padding=1)
+        out, wanted = conv3x3_in_bfloat16(*inputs), F.conv2d(*inputs, padding=1)
     assert torch.equal(out, wanted) and channels_last.is_channels_last(out)
     found, theirs = (torch.autograd.grad(part, inputs, cotangent) for part in (out, wanted))
     assert torch.equal(found[0], theirs[0])
@@ -110,13 +112,13 @@ def test_each_derivative_alone(needed: str) -> None:
     inputs = dict(zip(("image", "weight", "bias"), problem(), strict=True))
     cotangent = images(3, 24, 5, 9, seed=3)
     results = []
-    for function in (tiled_conv3x3, lambda *a: F.conv2d(*a, padding=1)):
+    for function in (conv3x3_in_bfloat16, lambda *a: F.conv2d(*a, padding=1)):
         with in_bfloat16():
             out = function(*inputs.values())
         results.append(torch.autograd.grad(out, inputs[needed], cotangent)[0])
     assert relative(results[0], results[1].double()) < 2.0**-8
     with in_bfloat16():  # and without a bias
-        out = tiled_conv3x3(inputs["image"], inputs["weight"], None)
+        out = conv3x3_in_bfloat16(inputs["image"], inputs["weight"], None)
     of_weight = torch.autograd.grad(out, inputs["weight"], cotangent)[0]
     assert torch.equal(of_weight, weight_gradient(inputs["image"].detach(), cotangent)[0])
 
@@ -126,7 +128,7 @@ def test_second_and_batched_derivatives() -> None:
     leaves = exact(*inputs)
     cotangents = torch.randn(3, 3, 24, 5, 9, generator=torch.Generator().manual_seed(4))
     results = []
-    for parts, function in ((inputs, tiled_conv3x3), (leaves, lambda *a: F.conv2d(*a, padding=1))):
+    for parts, function in ((inputs, conv3x3_in_bfloat16), (leaves, lambda *a: F.conv2d(*a, padding=1))):
         with in_bfloat16():
             out = function(*parts).tanh()
         batched = torch.autograd.grad(
@@ -147,7 +149,7 @@ def test_the_gradient_has_layout_and_type_of_the_weight(
     x, weight, bias = problem()
     weight = weight.detach().to(dtype, memory_format=layout).requires_grad_()
     with in_bfloat16():
-        (found,) = torch.autograd.grad(tiled_conv3x3(x, weight, bias).sum(), weight)
+        (found,) = torch.autograd.grad(conv3x3_in_bfloat16(x, weight, bias).sum(), weight)
     assert found.stride() == weight.stride() and found.dtype == dtype
 
 
@@ -177,7 +179,7 @@ def test_saved_tensors_may_come_back_in_another_layout() -> None:
     results = []
     for unpack in (lambda t: t, lambda t: t.contiguous()):
         with in_bfloat16(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            out = tiled_conv3x3(*inputs)
+            out = conv3x3_in_bfloat16(*inputs)
             results.append(torch.autograd.grad(out, inputs, cotangent.contiguous()))
     for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 2.0**-8
@@ -215,7 +217,7 @@ def test_networks_use_it_in_training(training: bool) -> None:
     net = UNet(1, channels=16).train(training)
     with in_bfloat16():
         out = net(torch.randn(2, 1, 8, 8), torch.rand(2))
-    assert ("_TiledConv3x3Backward" in names(out)) is training
+    assert ("_Conv3x3Backward" in names(out)) is training
 
 
 def test_doubling_pixels_in_training_is_the_transposed_convolution() -> None:
@@ -226,7 +228,7 @@ def test_doubling_pixels_in_training_is_the_transposed_convolution() -> None:
         conv.train(training)
         with in_bfloat16():
             out = repeat_and_convolve(x, conv)
-        assert ("_TiledConv3x3Backward" in names(out)) is training
+        assert ("_Conv3x3Backward" in names(out)) is (training and conv_weights.by_tiles())
         results.append([out.detach(), *torch.autograd.grad(out, weights, images(4, 16, 16, 16, seed=1))])
     for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 0.02

@@ -286,12 +286,13 @@ def repeat_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     One result depends on 2x2 of the pixels before doubling: the same map is a transposed convolution of
     stride 2 with 4x4 weights, at 4 products per result in place of 9. On CPUs that is twice as fast from some
-    hundred pixels on, unless the 3x3 convolution has derivatives as fast as those of
-    :mod:`~sde_diffusion.networks.conv_weights`.
+    hundred pixels on, unless the 3x3 convolution has derivatives as fast as :mod:`~sde_diffusion.networks.conv_weights`
+    has by matrix tiles.
     """
     plain = torch.compiler.is_compiling() or x.device.type != "cpu"
     few = x.shape[0] * x.shape[2] * x.shape[3] < 256
-    if plain or few or (conv.training and conv_weights.fitting(x, conv.weight)):
+    tiled = conv.training and conv_weights.by_tiles() and conv_weights.fitting(x, conv.weight)
+    if plain or few or tiled:
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     return F.conv_transpose2d(x, repetition_folded(conv.weight), conv.bias, stride=2, padding=1)
 

@@ -1,7 +1,8 @@
 """GroupNorm, modulation, SiLU and dropout at once, for images whose channels come last in memory.
 
-On CPUs with matrix units (AMX) convolutions in bfloat16 are about twice as fast in that layout, but torch's GroupNorm
-is many times slower there than in the usual one (torch 2.13). ``norm_silu.c`` has one that is faster than either.
+On CPUs that compute in bfloat16 convolutions are faster in that layout, with matrix units (AMX) about twice, but torch's
+GroupNorm is many times slower there than in the usual one (torch 2.13). ``norm_silu.c`` has one that is faster than
+either.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sde_diffusion.networks.native import load_native
+from sde_diffusion.processor import computes_in_bfloat16
 
 _SOURCE = Path(__file__).with_name("norm_silu.c")
 
@@ -29,8 +31,7 @@ def _library() -> ctypes.CDLL | None:
 @lru_cache
 def available() -> bool:
     """Whether this computer gains from the layout and can compile what that takes (which is tried, once)."""
-    # torch has no public question for the first; without the private one the answer is no, which is only slower.
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", bool)()) and _library() is not None
+    return computes_in_bfloat16() and _library() is not None
 
 
 def preferred(device: torch.device, precision: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
-"""The 3x3 convolution of training in bfloat16 on CPUs with matrix tiles (AMX): ``conv_weights.c``.
+"""The 3x3 convolution of training on CPUs that compute in bfloat16: ``conv_weights.c``.
 
-torch's derivative by the weights takes two to five times as long there as the convolution itself, the more so the
-smaller the image, and is rounded to bfloat16 before the optimizer sees it. This one is two to six times faster, and
-in float32. Values and the derivative by the image are torch's.
+torch's derivative by the weights takes longer than the convolution itself, the more so the smaller the image: with
+matrix tiles (AMX) two to five times, with AVX-512 BF16 up to twice. And it is rounded to bfloat16 before the optimizer
+sees it. This one is up to six times, or twice, faster, and in float32. Values and the derivative by the image are torch's.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def fitting(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`tiled_conv3x3` is for them: the weight (C', C, 3, 3) is trained, x (B, C, H, W) is in bfloat16
+    """Whether :func:`conv3x3_in_bfloat16` is for them: the weight (C', C, 3, 3) is trained, x (B, C, H, W) is in bfloat16
     and :func:`~sde_diffusion.networks.channels_last.gains` by channels last, and their convolution would be in
     bfloat16."""
     if not (x.ndim == 4 and torch.is_grad_enabled() and weight.requires_grad and gains(x)):
@@ -43,16 +43,22 @@ def fitting(x: Tensor, weight: Tensor) -> bool:
     return weight.device == x.device and _library() is not None
 
 
-def tiled_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def by_tiles() -> bool:
+    """Whether :func:`conv3x3_in_bfloat16` is by matrix tiles here, next to which the convolution itself is slow."""
+    library = _library()
+    return library is not None and bool(library.conv_weights_has_tiles())
+
+
+def conv3x3_in_bfloat16(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x convolved with the weight, zeros around it, plus the bias (C') if any -> (B, C', H, W) with channels last.
 
     For which :func:`fitting` holds. It has all derivatives in reverse mode; those by weight and bias are summed in
     float32. The weight must not change between the two passes.
     """
-    return _TiledConv3x3.apply(fastest_layout(x), weight, bias)
+    return _Conv3x3.apply(fastest_layout(x), weight, bias)
 
 
-class _TiledConv3x3(torch.autograd.Function):
+class _Conv3x3(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         narrow = weight.to(x.dtype)
@@ -103,5 +109,5 @@ def weight_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def written_out(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`tiled_conv3x3` by torch's operations."""
+    """:func:`conv3x3_in_bfloat16` by torch's operations."""
     return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), padding=1)

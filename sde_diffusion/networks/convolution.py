@@ -1,6 +1,6 @@
 """The 3x3 convolution of stride 1 that U-Nets are made of, in training by what is fastest.
 
-With matrix tiles (AMX) in bfloat16 that is :mod:`~sde_diffusion.networks.conv_weights`; on processors with AVX2 and
+In bfloat16, where the processor has it, that is :mod:`~sde_diffusion.networks.conv_weights`; on processors with AVX2 and
 nothing wider, algorithms with fewer products. Winograd's and Fourier's (Winograd 1980; Lavin & Gray 2016) need 2 to 5
 products where a 3x3 convolution as it stands needs 9, and torch computes the latter there at nearly the full rate of
 the processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its
@@ -43,7 +43,7 @@ class Conv3x3(nn.Conv2d):
 def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) convolved with weight (C', C, 3, 3), zeros around it, and bias (C') or None -> (B, C', H, W)."""
     if conv_weights.fitting(x, weight):
-        return conv_weights.tiled_conv3x3(x, weight, bias)
+        return conv_weights.conv3x3_in_bfloat16(x, weight, bias)
     if _pays(x, weight):
         return _FewerProducts.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)

@@ -1,4 +1,4 @@
-/* Self-attention in heads of 8 channels (D), bfloat16 in and out, float within (but see narrow_attention_tiles.h).
+/* Self-attention in heads of 8 channels (D), bfloat16 in and out, float within (but see narrow_attention_halves.h).
 
    qkv is (images, tokens, 3, heads, D), the result (images, tokens, heads, D). With q scaled by 1 / sqrt(D), of each query
    P = exp(q k - L) over the keys, where L is the logarithm of the sum of exp(q k), and the result is P v. The weights P
@@ -7,6 +7,8 @@
 
 #include "tiles.h"
 #include "vectors.h"
+
+#include "pairs.h"
 
 #define D 8
 #define SAFE 80.0f /* logits to base 2 within this need no shift */
@@ -52,11 +54,18 @@ INLINE floats product(const floats *columns, const float *row) {
     return sum;
 }
 
+#ifndef HAVE_PAIRS
+INLINE float product_of_eight(const bf16 *a, const bf16 *b) {
+    float sum = 0.0f;
+    for (int d = 0; d < D; d++) sum += widen(a[d]) * widen(b[d]);
+    return sum;
+}
+#endif
+
 INLINE float largest_norm(const bf16 *from, int64_t stride, int64_t tokens) {
     float largest = 0.0f;
     for (int64_t t = 0; t < tokens; t++) {
-        float square = 0.0f;
-        for (int d = 0; d < D; d++) square += widen(from[t * stride + d]) * widen(from[t * stride + d]);
+        float square = product_of_eight(from + t * stride, from + t * stride);
         largest = square > largest || square != square ? square : largest;
     }
     return sqrtf(largest);
@@ -121,10 +130,8 @@ INLINE void backward_head(const bf16 *qkv, const bf16 *out, const bf16 *grad, co
     unpack(qkv + 2 * channels, 3 * channels, tokens, padded, 1.0f, v_rows, q);
     unpack(qkv, 3 * channels, tokens, padded, LOG2E / sqrtf((float)D), q_rows, q);
     unpack(grad, channels, tokens, padded, 1.0f, g_rows, g);
-    for (int64_t t = 0; t < tokens; t++) {
-        for (int d = 0; d < D; d++) along[t] += g_rows[t * D + d] * widen(out[t * channels + d]);
-        log[t] = logs[t];
-    }
+    for (int64_t t = 0; t < tokens; t++) along[t] = product_of_eight(grad + t * channels, out + t * channels);
+    memcpy(log, logs, tokens * sizeof(float));
     for (int64_t start = 0; start < tokens; start += LANES) {
         floats queries[D], grads[D], sums[D], shift = at(log + start), drift = at(along + start);
         for (int d = 0; d < D; d++)
@@ -149,6 +156,12 @@ INLINE void backward_head(const bf16 *qkv, const bf16 *out, const bf16 *grad, co
         }
 }
 
+#if defined(HAVE_PAIRS) || defined(HAVE_TILES)
+#include "narrow_attention_halves.h"
+#endif
+#ifdef HAVE_PAIRS
+#include "narrow_attention_pairs.h"
+#endif
 #ifdef HAVE_TILES
 #include "narrow_attention_tiles.h"
 #else
@@ -176,10 +189,15 @@ int narrow_attention(const bf16 *qkv, bf16 *out, float *logs, int64_t images, in
             bf16 *to = out + first * channels + head;
             float *log = logs ? logs + index * tokens : NULL;
             int shifted = !safe(from, 3 * channels, tokens, channels);
-#ifdef TILES
+#ifdef HAVE_TILES
             if (tiles && !shifted) {
                 TILES(FORWARD, forward_tiles(from, to, log, tokens, padded, channels, (bf16 *)room));
             } else
+#endif
+#ifdef HAVE_PAIRS
+            if (!shifted)
+                forward_pairs(from, to, log, tokens, padded, channels, (bf16 *)room);
+            else
 #endif
                 forward_head(from, to, log, tokens, padded, channels, shifted, room);
         } else {
@@ -207,10 +225,17 @@ int narrow_attention_backward(const bf16 *qkv, const bf16 *out, const bf16 *grad
             const bf16 *from = qkv + first * 3 * channels + head;
             bf16 *to = of_qkv + first * 3 * channels + head;
             const float *log = logs + index * tokens;
-#ifdef TILES
-            if (tiles && safe(from, 3 * channels, tokens, channels)) { /* logits as the result had them */
+            int shifted = !safe(from, 3 * channels, tokens, channels); /* as for the result */
+            (void)shifted;
+#ifdef HAVE_TILES
+            if (tiles && !shifted) {
                 TILES(BACKWARD, backward_tiles(from, out + at, grad + at, log, to, tokens, padded, channels, (bf16 *)room));
             } else
+#endif
+#ifdef HAVE_PAIRS
+            if (!shifted)
+                backward_pairs(from, out + at, grad + at, log, to, tokens, padded, channels, (bf16 *)room);
+            else
 #endif
                 backward_head(from, out + at, grad + at, log, to, tokens, padded, channels, room);
         } else {

@@ -1,7 +1,8 @@
 """Attention in heads of 8 channels, as diffusers' networks have by default, for CPUs: ``narrow_attention.c``.
 
 So narrow, most of the time of attention goes into writing and reading the weights, tokens x tokens for each head.
-Here they are never written. On processors with matrix tiles (AMX) the products are theirs.
+Here they are never written. The products are those of the processor's matrix tiles (AMX) or of its pairs in bfloat16
+(AVX-512 BF16), where it has them.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def is_narrow(qkv: Tensor, heads: int) -> bool:
 def narrow_attention(qkv: Tensor, heads: int) -> Tensor:
     """softmax(q k^T / sqrt(8)) v for ``qkv`` (B, T, 3 C), channels in the order (q/k/v, head, channel) -> (B, T, C).
 
-    For which :func:`is_narrow` holds. Computed in float32, but that with matrix tiles the weights, and in the
+    For which :func:`is_narrow` holds. Computed in float32, but that with tiles or pairs the weights, and in the
     derivative their slopes, are rounded to bfloat16 before they are summed; it has all derivatives in reverse mode.
     """
     qkv = qkv.contiguous()

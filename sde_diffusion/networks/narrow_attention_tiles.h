@@ -2,54 +2,11 @@
    what follows them in vectors. Weights and their slopes are rounded to bfloat16 on their way from the one to the other.
 
    A tile holds up to 16 rows of 64 bytes. C += A B takes A as rows of bfloat16 and B in pairs: its row r has the rows 2 r
-   and 2 r + 1 of the matrix, interleaved. Channels are padded from 8 to 16 by zeros, tokens to a multiple of 32. */
-
-#define BLOCK 16
-#define WIDE 16 /* channels with their padding */
+   and 2 r + 1 of the matrix, interleaved. */
 
 /* The tiles of the two functions: rows and bytes of a row. */
 static const layout FORWARD = {1, 0, {0}, {64, 64, 64, 32, 64, 64, 64}, {8, 16, 16, 16, 8, 8, 16}};
 static const layout BACKWARD = {1, 0, {0}, {64, 64, 64, 64, 32, 32, 32, 64}, {8, 8, 8, 16, 16, 16, 8, 16}};
-
-/* 2^z to 8e-5, relative, a twentieth of what bfloat16 rounds. */
-INLINE floats coarse_power(floats z) {
-    floats f = (floats)_mm512_reduce_ps((__m512)z, 1); /* z less the whole number below it */
-    floats p = ((f * 7.8023009e-2f + 2.26069391e-1f) * f + 6.95832849e-1f) * f + 9.99925256e-1f;
-    return (floats)_mm512_scalef_ps((__m512)p, (__m512)z);
-}
-
-INLINE __m512i rounded(floats low, floats high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-/* Two rows of a matrix as one of its pairs. */
-INLINE __m512i paired(floats even, floats odd) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, rounded(even, odd));
-}
-
-/* Of a head whose tokens are `stride` apart: (tokens, 16) */
-INLINE void as_rows(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t++) memcpy(to + t * WIDE, from + t * stride, D * sizeof(bf16));
-}
-
-/* the transpose (8, tokens), in blocks of `block` tokens; */
-INLINE void as_columns(const bf16 *from, int64_t stride, int64_t tokens, int64_t block, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int d = 0; d < D; d++) to[t / block * block * D + d * block + t % block] = from[t * stride + d];
-}
-
-/* the transpose in pairs of channels, (8, 16, 2) for each 16 tokens, of which the last four rows are padding; */
-INLINE void as_pairs_of_channels(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int d = 0; d < D; d += 2)
-            memcpy(to + t / BLOCK * BLOCK * WIDE + d * BLOCK + t % BLOCK * 2, from + t * stride + d, 2 * sizeof(bf16));
-}
-
-/* in pairs of tokens, (tokens / 2, 8, 2). */
-INLINE void as_pairs_of_tokens(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int d = 0; d < D; d++) to[t / 2 * 2 * D + d * 2 + t % 2] = from[t * stride + d];
-}
 
 /* The logits of 32 keys from `rows` on and the 16 queries in tile 4, not yet scaled. */
 INLINE void forward_logits(const bf16 *rows, float to[2 * BLOCK][LANES]) {
@@ -141,10 +98,8 @@ INLINE void backward_tiles(const bf16 *qkv, const bf16 *out, const bf16 *grad, c
     as_columns(qkv + channels, step, tokens, BLOCK, k_columns);
     as_pairs_of_tokens(qkv, step, tokens, q_pairs);
     as_pairs_of_tokens(grad, channels, tokens, g_pairs);
-    for (int64_t t = 0; t < tokens; t++) {
-        for (int d = 0; d < D; d++) along[t] += widen(grad[t * channels + d]) * widen(out[t * channels + d]);
-        log[t] = logs[t];
-    }
+    for (int64_t t = 0; t < tokens; t++) along[t] = product_of_eight(grad + t * channels, out + t * channels);
+    memcpy(log, logs, tokens * sizeof(float));
     for (int64_t start = 0; start < tokens; start += 2 * LANES) {
         floats shift[2] = {at(log + start), at(log + start + LANES)};
         floats drift[2] = {at(along + start), at(along + start + LANES)};

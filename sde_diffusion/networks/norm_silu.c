@@ -7,6 +7,8 @@
 
 #include "vectors.h"
 
+#include "pairs.h"
+
 #define BLOCK 32
 #define PORTION 128
 #define OFFSET(c) (offset ? offset[row + (c)] : 0.0)
@@ -16,12 +18,19 @@ INLINE floats load(const bf16 *x, int n) { return (floats)(load_halves(x, n) << 
 
 /* To the nearest, ties to even; NaN stays NaN. */
 INLINE void store(bf16 *x, floats values, int n) {
+#ifdef HAVE_PAIRS
+    __m256bh part = _mm512_cvtneps_pbh((__m512)values);
+#else
     words bits = (words)values;
     words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     masks nan = values != values;
     rounded = (rounded & ~(words)nan) | (0x7fc0 & (words)nan);
     halves part = __builtin_convertvector(rounded, halves);
-    memcpy(x, &part, n * sizeof(bf16));
+#endif
+    if (n == LANES)
+        memcpy(x, &part, sizeof part);
+    else
+        memcpy(x, &part, n * sizeof(bf16));
 }
 
 INLINE floats load_floats(const float *x, int n) {
@@ -34,7 +43,7 @@ INLINE floats load_floats(const float *x, int n) {
 INLINE floats sigmoid(floats y) {
     const floats most = (floats){0} + 125.0f;
     floats z = y * -LOG2E; /* 2^z = exp(-y) */
-    return 1.0f / (power(pick(z > most, most, z)) + 1.0f);
+    return inverse(fair_power(pick(z > most, most, z)) + 1.0f);
 }
 
 /* WHAT(c, n, vectors): for n channels from c on, in so many vectors, the numbers constant but for the last few channels. */

@@ -1,0 +1,39 @@
+/* What narrow_attention.c does with bfloat16 by tiles and by pairs: rounding, and heads as products take them.
+
+   Channels are padded from 8 to 16 by zeros, tokens to a multiple of 32. */
+
+#define BLOCK 16
+#define WIDE 16 /* channels with their padding */
+
+INLINE __m512i rounded(floats low, floats high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+/* Two rows of a matrix as one of its pairs. */
+INLINE __m512i paired(floats even, floats odd) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, rounded(even, odd));
+}
+
+/* Of a head whose tokens are `stride` apart: (tokens, 16) */
+INLINE void as_rows(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
+    for (int64_t t = 0; t < tokens; t++) memcpy(to + t * WIDE, from + t * stride, D * sizeof(bf16));
+}
+
+/* the transpose (8, tokens), in blocks of `block` tokens; */
+INLINE void as_columns(const bf16 *from, int64_t stride, int64_t tokens, int64_t block, bf16 *to) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int d = 0; d < D; d++) to[t / block * block * D + d * block + t % block] = from[t * stride + d];
+}
+
+/* the transpose in pairs of channels, (8, 16, 2) for each 16 tokens, of which the last four rows are padding; */
+INLINE void as_pairs_of_channels(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int d = 0; d < D; d += 2)
+            memcpy(to + t / BLOCK * BLOCK * WIDE + d * BLOCK + t % BLOCK * 2, from + t * stride + d, 2 * sizeof(bf16));
+}
+
+/* in pairs of tokens, (tokens / 2, 8, 2). */
+INLINE void as_pairs_of_tokens(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int d = 0; d < D; d++) to[t / 2 * 2 * D + d * 2 + t % 2] = from[t * stride + d];
+}
