@@ -91,7 +91,7 @@ class TrainingSettings:
             CPUs that compute in it, else float32.
         compile: compile the network.
         channels_last: memory format for images and weights; None: on GPUs, and for weights in bfloat16 on CPUs
-            that compute in it, where networks compute in that format (see :mod:`sde_diffusion.networks.channels_last`).
+            that compute in it, where networks have that format (see :mod:`sde_diffusion.networks.channels_last`).
         minutes: wall-clock budget; the run (and its schedule) ends at the earlier of ``steps`` and this. Such
             a run is not repeatable bit for bit. None for no limit.
         log_every, eval_every, checkpoint_every, sample_every: in steps; 0 for only at the end.

@@ -110,7 +110,8 @@ TYPES = {f"{PACKAGE}.score.Score"}
 ONLY = {
     "errors": frozenset(),
     "tensors": frozenset({"errors"}),
-    "networks": frozenset({"errors", "tensors"}),
+    "processor": frozenset(),
+    "networks": frozenset({"errors", "tensors", "processor"}),
     "noise": frozenset({"errors", "tensors"}),
 }
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from sde_diffusion.networks import UNet, channels_last, conv_weights, narrow_attention
 from sde_diffusion.networks.blocks import repeat_and_convolve
-from sde_diffusion.networks.conv_weights import fitting, conv3x3_in_bfloat16, weight_gradient
+from sde_diffusion.networks.conv_bfloat16 import conv3x3, fitting
+from sde_diffusion.networks.conv_weights import weight_gradient
 from sde_diffusion.networks.convolution import Conv3x3
 
 with warnings.catch_warnings():
@@ -96,7 +97,7 @@ def test_value_and_derivative_by_the_image_are_those_of_torch() -> None:
     inputs, cotangent = problem(), images(3, 24, 5, 9, seed=3)
     with in_bfloat16():
         assert fitting(*inputs[:2])
-        out, wanted = conv3x3_in_bfloat16(*inputs), F.conv2d(*inputs, padding=1)
+        out, wanted = conv3x3(*inputs), F.conv2d(*inputs, padding=1)
     assert torch.equal(out, wanted) and channels_last.is_channels_last(out)
     found, theirs = (torch.autograd.grad(part, inputs, cotangent) for part in (out, wanted))
     assert torch.equal(found[0], theirs[0])
@@ -112,13 +113,13 @@ def test_each_derivative_alone(needed: str) -> None:
     inputs = dict(zip(("image", "weight", "bias"), problem(), strict=True))
     cotangent = images(3, 24, 5, 9, seed=3)
     results = []
-    for function in (conv3x3_in_bfloat16, lambda *a: F.conv2d(*a, padding=1)):
+    for function in (conv3x3, lambda *a: F.conv2d(*a, padding=1)):
         with in_bfloat16():
             out = function(*inputs.values())
         results.append(torch.autograd.grad(out, inputs[needed], cotangent)[0])
     assert relative(results[0], results[1].double()) < 2.0**-8
     with in_bfloat16():  # and without a bias
-        out = conv3x3_in_bfloat16(inputs["image"], inputs["weight"], None)
+        out = conv3x3(inputs["image"], inputs["weight"], None)
     of_weight = torch.autograd.grad(out, inputs["weight"], cotangent)[0]
     assert torch.equal(of_weight, weight_gradient(inputs["image"].detach(), cotangent)[0])
 
@@ -128,7 +129,7 @@ def test_second_and_batched_derivatives() -> None:
     leaves = exact(*inputs)
     cotangents = torch.randn(3, 3, 24, 5, 9, generator=torch.Generator().manual_seed(4))
     results = []
-    for parts, function in ((inputs, conv3x3_in_bfloat16), (leaves, lambda *a: F.conv2d(*a, padding=1))):
+    for parts, function in ((inputs, conv3x3), (leaves, lambda *a: F.conv2d(*a, padding=1))):
         with in_bfloat16():
             out = function(*parts).tanh()
         batched = torch.autograd.grad(
@@ -149,7 +150,7 @@ def test_the_gradient_has_layout_and_type_of_the_weight(
     x, weight, bias = problem()
     weight = weight.detach().to(dtype, memory_format=layout).requires_grad_()
     with in_bfloat16():
-        (found,) = torch.autograd.grad(conv3x3_in_bfloat16(x, weight, bias).sum(), weight)
+        (found,) = torch.autograd.grad(conv3x3(x, weight, bias).sum(), weight)
     assert found.stride() == weight.stride() and found.dtype == dtype
 
 
@@ -179,7 +180,7 @@ def test_saved_tensors_may_come_back_in_another_layout() -> None:
     results = []
     for unpack in (lambda t: t, lambda t: t.contiguous()):
         with in_bfloat16(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            out = conv3x3_in_bfloat16(*inputs)
+            out = conv3x3(*inputs)
             results.append(torch.autograd.grad(out, inputs, cotangent.contiguous()))
     for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 2.0**-8

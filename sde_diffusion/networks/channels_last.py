@@ -1,8 +1,8 @@
 """GroupNorm, modulation, SiLU and dropout at once, for images whose channels come last in memory.
 
-On CPUs that compute in bfloat16 convolutions are faster in that layout, with matrix units (AMX) about twice, but torch's
-GroupNorm is many times slower there than in the usual one (torch 2.13). ``norm_silu.c`` has one that is faster than
-either.
+On CPUs that compute in bfloat16 convolutions are faster in that layout, with matrix units (AMX) about twice, but
+torch's GroupNorm is many times slower there than in the usual one (torch 2.13). ``norm_silu.c`` has one that is
+faster than either.
 """
 
 from __future__ import annotations

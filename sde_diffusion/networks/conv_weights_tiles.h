@@ -4,27 +4,6 @@
 
 static const layout FULL = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-INLINE void transpose(words rows[LANES], words *to) {
-    __m512i a[LANES], b[LANES];
-    for (int i = 0; i < LANES; i += 2) {
-        a[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
-    }
-    for (int i = 0; i < LANES; i += 4)
-        for (int j = 0; j < 2; j++) {
-            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
-            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
-        }
-    for (int i = 0; i < 4; i++) {
-        __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), high = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-        __m512i low2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88), high2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-        to[i] = (words)_mm512_shuffle_i32x4(low, low2, 0x88);
-        to[i + 8] = (words)_mm512_shuffle_i32x4(low, low2, 0xdd);
-        to[i + 4] = (words)_mm512_shuffle_i32x4(high, high2, 0x88);
-        to[i + 12] = (words)_mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-}
-
 /* 16 channels of a pair of images as tiles, (g_line / 16, 16 channels, 16 positions), two positions of each row and those
    after the last being zero; and their sums. */
 static void pack_g_tiles(const problem *p, const bf16 *a, const bf16 *b, int64_t channels, words *to, float *sums) {

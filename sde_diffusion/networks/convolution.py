@@ -1,11 +1,11 @@
-"""The 3x3 convolution of stride 1 that U-Nets are made of, in training by what is fastest.
+"""The 3x3 convolution of stride 1 that U-Nets are made of, by what is fastest.
 
-In bfloat16, where the processor has it, that is :mod:`~sde_diffusion.networks.conv_weights`; on processors with AVX2 and
-nothing wider, algorithms with fewer products. Winograd's and Fourier's (Winograd 1980; Lavin & Gray 2016) need 2 to 5
-products where a 3x3 convolution as it stands needs 9, and torch computes the latter there at nearly the full rate of
-the processor, so that only fewer products can be faster: NNPACK, which torch ships, has them. In float32 its
-results differ from torch's by about 1e-5 of the largest, and those of a single image from those in a batch, which
-training can bear and samples and likelihoods cannot: only a module in training mode uses it.
+In bfloat16, where the processor has it, that is :mod:`~sde_diffusion.networks.conv_bfloat16`. In training on
+processors with AVX2 and nothing wider, it is algorithms with fewer products. Winograd's and Fourier's (Winograd 1980;
+Lavin & Gray 2016) need 2 to 5 products where a 3x3 convolution as it stands needs 9, and torch computes the latter
+there at nearly the full rate of the processor, so that only fewer products can be faster: NNPACK, which torch ships,
+has them. In float32 its results differ from torch's by about 1e-5 of the largest, and those of a single image from
+those in a batch, which training can bear and samples and likelihoods cannot: only a module in training mode uses it.
 ``torch.backends.nnpack.set_flags(False)`` turns it off.
 """
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion.networks import conv_weights
+from sde_diffusion.networks import conv_bfloat16
 
 _MIN_PIXELS = 14 * 14
 _MIN_CHANNELS = 32
@@ -27,7 +27,8 @@ _MIN_CHANNELS = 32
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 that keeps height and width: ``nn.Conv2d(in, out, 3, padding=1)``.
 
-    In training mode it is :func:`trained_conv3x3`.
+    In training mode it is :func:`trained_conv3x3`; else torch's, or in bfloat16 where no derivative is wanted
+    :func:`~sde_diffusion.networks.conv_bfloat16.conv3x3`.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -37,13 +38,15 @@ class Conv3x3(nn.Conv2d):
         """input: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         if self.training:
             return trained_conv3x3(input, self.weight, self.bias)
+        if not torch.is_grad_enabled() and conv_bfloat16.fitting(input, self.weight):
+            return conv_bfloat16.conv3x3(input, self.weight, self.bias)
         return super().forward(input)
 
 
 def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) convolved with weight (C', C, 3, 3), zeros around it, and bias (C') or None -> (B, C', H, W)."""
-    if conv_weights.fitting(x, weight):
-        return conv_weights.conv3x3_in_bfloat16(x, weight, bias)
+    if conv_bfloat16.fitting(x, weight):
+        return conv_bfloat16.conv3x3(x, weight, bias)
     if _pays(x, weight):
         return _FewerProducts.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)

@@ -1,18 +1,9 @@
-/* What narrow_attention.c does with bfloat16 by tiles and by pairs: rounding, and heads as products take them.
+/* What narrow_attention.c does with bfloat16 by tiles and by pairs: heads as the products take them.
 
    Channels are padded from 8 to 16 by zeros, tokens to a multiple of 32. */
 
 #define BLOCK 16
 #define WIDE 16 /* channels with their padding */
-
-INLINE __m512i rounded(floats low, floats high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
-
-/* Two rows of a matrix as one of its pairs. */
-INLINE __m512i paired(floats even, floats odd) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, rounded(even, odd));
-}
 
 /* Of a head whose tokens are `stride` apart: (tokens, 16) */
 INLINE void as_rows(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {

@@ -22,6 +22,38 @@ INLINE __m512i four(const bf16 *x) {
     return _mm512_set1_epi64(both);
 }
 
+/* 32 numbers in bfloat16. */
+INLINE __m512i rounded(floats low, floats high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
+
+/* Two rows of a matrix as one of its pairs. */
+INLINE __m512i paired(floats even, floats odd) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, rounded(even, odd));
+}
+
+/* The transpose of 16x16 words. */
+INLINE void transpose(words rows[LANES], words *to) {
+    __m512i a[LANES], b[LANES];
+    for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    }
+    for (int i = 0; i < LANES; i += 4)
+        for (int j = 0; j < 2; j++) {
+            b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + j + 2]);
+            b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++) {
+        __m512i low = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88), high = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+        __m512i low2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88), high2 = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+        to[i] = (words)_mm512_shuffle_i32x4(low, low2, 0x88);
+        to[i + 8] = (words)_mm512_shuffle_i32x4(low, low2, 0xdd);
+        to[i + 4] = (words)_mm512_shuffle_i32x4(high, high2, 0x88);
+        to[i + 12] = (words)_mm512_shuffle_i32x4(high, high2, 0xdd);
+    }
+}
+
 /* The product of two rows of 8. */
 INLINE float product_of_eight(const bf16 *a, const bf16 *b) {
     __m128 sums = _mm_dpbf16_ps(_mm_setzero_ps(), (__m128bh)_mm_loadu_si128((const __m128i *)a),
