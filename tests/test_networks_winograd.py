@@ -183,3 +183,58 @@ def test_a_network_in_bfloat16_is_near_itself_in_float32() -> None:
             found = net(x, t)
             assert torch.equal(net(x[:1], t[:1]), found[:1])
     assert 0 < relative(found, wanted.double()) < 0.02
+
+
+def gradient_by_matrices(x: Tensor, grad: Tensor) -> Tensor:
+    """The derivative by the weight in float64, but that what is multiplied is rounded to bfloat16."""
+    height, width = x.shape[2:]
+    padded = F.pad(x.double(), (1, 1 + width % 2, 1, 1 + height % 2))
+    tiles = padded.unfold(2, 4, 2).unfold(3, 4, 2)
+    results = F.pad(grad.double(), (0, width % 2, 0, height % 2)).unfold(2, 2, 2).unfold(3, 2, 2)
+    points = to_bfloat16(torch.einsum("ia,bcrsad,jd->bcrsij", PIXELS, tiles, PIXELS))
+    slopes = to_bfloat16(torch.einsum("ai,borsad,dj->borsij", RESULT, results, RESULT))
+    products = torch.einsum("bcrsij,borsij->ocij", points, slopes)
+    return torch.einsum("ia,ocij,jd->ocad", FILTER, products, FILTER)
+
+
+@pytest.mark.parametrize(("batch", "channels", "out", "height", "width"), [*SHAPES, (40, 96, 80, 16, 16)])
+def test_derivatives_by_weight_and_bias_are_those_of_the_matrices(
+    batch: int, channels: int, out: int, height: int, width: int
+) -> None:
+    x, grad = images(batch, channels, height, width), images(batch, out, height, width, seed=2)
+    of_weight, of_bias = winograd.weight_gradient(x, grad)
+    assert of_weight.dtype == of_bias.dtype == torch.float32
+    assert of_weight.is_contiguous(memory_format=torch.channels_last)
+    steps = (
+        batch * ((height + 1) // 2) * ((width + 1) // 2)
+    )  # each rounds a sum by a uniform share of 2^-24 at most
+    assert relative(of_weight, gradient_by_matrices(x, grad)) < 2.0**-22 * (1 + (steps / 3) ** 0.5)
+    assert relative(of_bias, grad.double().sum((0, 2, 3))) < 1e-6
+    weight = torch.zeros(out, channels, 3, 3, dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad(F.conv2d(x.double(), weight, padding=1), weight, grad.double())
+    assert relative(of_weight, exact) < 2.0**-7
+
+
+@pytest.mark.parametrize(("channels", "out"), [(128, 80), (256, 33), (40, 200)])
+def test_derivatives_do_not_depend_on_threads(channels: int, out: int) -> None:
+    x, grad = images(30, channels, 12, 10), images(30, out, 12, 10, seed=2)
+    found, threads = winograd.weight_gradient(x, grad), torch.get_num_threads()
+    try:
+        for count in {1, 2, 3, 4, 8, 64} - {threads}:
+            torch.set_num_threads(count)
+            for a, b in zip(winograd.weight_gradient(x, grad), found, strict=True):
+                assert torch.equal(a, b)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_training_uses_all_three() -> None:
+    conv, x = Conv3x3(32, 48).train(), images(2, 32, 6, 6).requires_grad_()
+    grad = images(2, 48, 6, 6, seed=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = conv(x)
+    found = torch.autograd.grad(out, (x, conv.weight, conv.bias), grad)
+    wanted = winograd.derivative_by_image(grad, conv.weight), *winograd.weight_gradient(x.detach(), grad)
+    assert torch.equal(out, winograd.convolve(x, conv.weight, conv.bias))
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)

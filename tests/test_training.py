@@ -435,7 +435,7 @@ def test_bfloat16_is_for_the_network_alone(tmp_path):
 
 @pytest.mark.parametrize("has_bfloat16", [False, True])
 def test_cpus_train_in_bfloat16_where_they_compute_in_it(tmp_path, monkeypatch, has_bfloat16):
-    monkeypatch.setattr(devices, "_cpu_computes_in_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(devices, "computes_in_bfloat16", lambda: has_bfloat16)
     wanted = torch.bfloat16 if has_bfloat16 else None
     assert trainer(tmp_path, precision="auto").model.autocast is wanted
     assert trainer(tmp_path, precision="float32").model.autocast is None

@@ -291,8 +291,7 @@ def repeat_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     plain = torch.compiler.is_compiling() or x.device.type != "cpu"
     few = x.shape[0] * x.shape[2] * x.shape[3] < 256
-    tiled = conv.training and conv_weights.by_tiles() and conv_bfloat16.fitting(x, conv.weight)
-    if plain or few or tiled:
+    if plain or few or (conv.training and conv_weights.by_tiles() and conv_bfloat16.fitting(x, conv.weight)):
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     return F.conv_transpose2d(x, repetition_folded(conv.weight), conv.bias, stride=2, padding=1)
 
@@ -305,8 +304,8 @@ def repetition_folded(weight: Tensor) -> Tensor:
     """
     line = weight.new_tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
     # One product of matrices: much faster here than sums of strided slices.
-    taps = weight.flatten(2) @ torch.kron(line, line).T.contiguous()
-    return taps.unflatten(2, (4, 4)).transpose(0, 1)
+    taps = weight.transpose(0, 1).flatten(2) @ torch.kron(line, line).T.contiguous()
+    return taps.unflatten(2, (4, 4))
 
 
 class AverageDownsample(nn.Module):

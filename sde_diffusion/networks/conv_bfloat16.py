@@ -1,7 +1,7 @@
 """The 3x3 convolution in bfloat16 on CPUs that compute in it, by what is fastest there.
 
-Derivatives by the weights are those of :mod:`~sde_diffusion.networks.conv_weights`; values and derivatives by the
-image are torch's, or where they are faster those of :mod:`~sde_diffusion.networks.winograd`.
+That is :mod:`~sde_diffusion.networks.winograd` where it pays, and else torch, but that derivatives by the weights are
+those of :mod:`~sde_diffusion.networks.conv_weights`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class _Conv3x3(torch.autograd.Function):
             else:
                 of_x = _derivative_by_image(grad, x, narrow)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            of_weight, of_bias = weight_gradient(x, grad)
+            gradient = winograd.weight_gradient if ctx.fewer_products else weight_gradient
+            of_weight, of_bias = gradient(x, grad)
             # In the layout of the weight, on which torch's fused Adam relies.
             if of_weight.dtype != weight.dtype or of_weight.stride() != weight.stride():
                 of_weight = torch.empty_like(weight).copy_(of_weight)

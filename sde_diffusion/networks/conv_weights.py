@@ -8,6 +8,7 @@ one is up to six times (AMX) or twice faster, and in float32.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,10 +46,15 @@ def weight_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     In float32, for x (B, C, H, W) and grad (B, C', H, W) in bfloat16 with channels last. The sums are made in an
     order that does not depend on the number of threads.
     """
+    return sums_of(_library().conv_weights, x, grad)  # type: ignore[union-attr]
+
+
+def sums_of(function: Callable[..., int], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`weight_gradient` by a function in C with the arguments of ``conv_weights``."""
     images, channels, height, width = x.shape
     of_weight = torch.empty(grad.shape[1], 3, 3, channels, dtype=torch.float32, device="cpu")
     of_bias = torch.empty(grad.shape[1], dtype=torch.float32, device="cpu")
-    failed = _library().conv_weights(  # type: ignore[union-attr]
+    failed = function(
         *pointers(x, grad, of_weight, of_bias),
         images, height, width, channels, grad.shape[1], torch.get_num_threads(),
     )  # fmt: skip

@@ -1,5 +1,7 @@
 """3x3 convolutions in bfloat16 with fewer products, on CPUs with AVX-512 BF16 and no matrix tiles: ``winograd.c``.
 
+The derivative by the weights is that of ``winograd_weights.c``.
+
 Such a processor multiplies in bfloat16 twice as fast as in float32, which torch makes full use of; only fewer
 products are faster. Those of Winograd (1980; Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks")
 are 4 a result where there are 9 otherwise. As both factors are sums, of pixels and of weights, rounded to bfloat16,
@@ -16,9 +18,11 @@ import torch
 from torch import Tensor
 
 from sde_diffusion.networks.channels_last import pointers
+from sde_diffusion.networks.conv_weights import sums_of
 from sde_diffusion.networks.native import load_native
 
 _SOURCE = Path(__file__).with_suffix(".c")
+_WEIGHTS_SOURCE = Path(__file__).with_name("winograd_weights.c")
 _MIN_CHANNELS = 32
 
 
@@ -30,10 +34,16 @@ def _library() -> ctypes.CDLL | None:
     return load_native(_SOURCE, winograd="PPPPNNNNNIII")
 
 
+@lru_cache
+def _weights_library() -> ctypes.CDLL | None:
+    return load_native(_WEIGHTS_SOURCE, winograd_weights="PPPPNNNNNI")
+
+
 def pays(weight: Tensor) -> bool:
-    """Whether :func:`convolve` is there and faster than torch, for the weights (C', C, 3, 3). It does not depend on
-    the images, so that the same network computes the same in batches of every size."""
-    return min(weight.shape[:2]) >= _MIN_CHANNELS and _library() is not None
+    """Whether the functions here are available and faster than torch's, for the weights (C', C, 3, 3). It does not
+    depend on the images, so that the same network computes the same in batches of every size."""
+    few = min(weight.shape[:2]) < _MIN_CHANNELS
+    return not few and _library() is not None and _weights_library() is not None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,6 +64,12 @@ def derivative_by_image(grad: Tensor, weight: Tensor) -> Tensor:
     """The derivative of ``sum(grad convolve(x, weight))`` by x (B, C, H, W), for grad (B, C', H, W) and the weight as
     there."""
     return _computed(grad, weight, None, derivative=True)
+
+
+def weight_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`sde_diffusion.networks.conv_weights.weight_gradient`, but that the factors of its products are
+    rounded sums: the derivatives by the weight are 4e-3 off, relative."""
+    return sums_of(_weights_library().winograd_weights, x, grad)  # type: ignore[union-attr]
 
 
 def _computed(x: Tensor, weight: Tensor, bias: Tensor | None, *, derivative: bool) -> Tensor:
