@@ -20,8 +20,8 @@ Auto precision is the default of training; sampling has it with ``sampling.preci
 by default, for which the inference of the rows in float32 stands.
 
 The sides take turns, after warm-up; times are medians, ± the distance of their quartiles. Ours keep what memory they
-have freed, as our command line does, the others' return it, as Python does by itself; so each turn has two steps,
-of which the second counts.
+have freed, as our command line does, the others' return it, as Python does by itself; so each turn has three steps,
+of which the third counts.
 A training step is forward, backward, optimizer and moving average of the weights. Peak memory is that of a
 process of its own per side. Results go to ``experiments/results/throughput_<machine>.md`` and ``.json``, those of
 some sections to files of their own.
@@ -112,6 +112,7 @@ def ours(
     graphs: bool = False,
 ) -> Side:
     """A network of ours, trained as the trainer does; ``dtype`` None for the default of the device."""
+    keep_freed_memory()
     torch.manual_seed(0)
     dtype = choose_precision("auto", device) if dtype is None else dtype
     last = channels_last or fast_layout.preferred(device, dtype)  # as the trainer has it
@@ -244,7 +245,7 @@ class Bench:
     ) -> list[float]:
         """Median seconds of each, taken in turns; ``spreads`` then has the quartiles' distance over it.
 
-        Where something comes ``before`` the turns of a step, a step that does not count follows it.
+        Where something comes ``before`` the turns of a step, two steps that do not count follow it.
         """
         for step in steps:
             for _ in range(self.warmup):
@@ -254,6 +255,7 @@ class Bench:
             for i, (taken, step) in enumerate(zip(times, steps, strict=True)):
                 if before is not None:
                     before[i]()
+                    step()
                     step()
                 taken.append(self.seconds(step))
         medians = [statistics.median(taken) for taken in times]

@@ -123,10 +123,13 @@ def test_results_do_not_depend_on_batch_or_threads() -> None:
     found, threads = winograd.convolve(x, weight, bias), torch.get_num_threads()
     for i in range(len(x)):
         assert torch.equal(winograd.convolve(x[i : i + 1], weight, bias), found[i : i + 1])
+    few = images(2, 64, 4, 4), *weights(160, 64)
+    fewer = winograd.convolve(*few)
     try:
-        for count in {1, 2, 3} - {threads}:
+        for count in {1, 2, 3, 4, 5, 16} - {threads}:
             torch.set_num_threads(count)
             assert torch.equal(winograd.convolve(x, weight, bias), found)
+            assert torch.equal(winograd.convolve(*few), fewer)
     finally:
         torch.set_num_threads(threads)
 
