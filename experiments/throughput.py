@@ -8,9 +8,10 @@ Sections:
 
 - ``unet2d``: our ``UNet2D`` against diffusers' ``UNet2DModel`` as its users run it (float32, eager, AdamW and
   EMAModel at their defaults), of the same architecture and parameters, 32x32, 64 to 128 channels, batch 8;
-- ``ddpmpp``: our DDPM++ of the CIFAR-10 preset, batch 4, against the figures of the reference implementation;
+- ``ddpmpp``: our DDPM++ of the CIFAR-10 preset, batch 4, against the reference implementation, of which
+  ``--reference`` names a checkout, or without one against figures of it;
 - ``profile``: where our training step spends its time, and which fraction of the measured peak it reaches;
-- ``gradients``: single 3x3 convolutions, and their derivatives by the weights in C and by torch (AMX only);
+- ``convolutions``: single 3x3 convolutions and their derivatives, torch's and those of training (bfloat16 only);
 - ``loss``: whether 200 steps in the default precision have the losses of 200 steps in float32;
 - ``gpu``: DDPM++ in bfloat16, channels_last and CUDA graphs, against diffusers (not without a GPU).
 
@@ -47,6 +48,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from reference_ddpmpp import reference_ddpmpp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -57,8 +59,7 @@ from sde_diffusion.data import load_dataset
 from sde_diffusion.devices import choose_precision
 from sde_diffusion.ema import EMA
 from sde_diffusion.networks import channels_last as fast_layout
-from sde_diffusion.networks import conv_weights
-from sde_diffusion.networks.conv_weights import weight_gradient
+from sde_diffusion.networks import conv_weights, winograd
 from sde_diffusion.networks.ncsnpp import NCSNpp
 from sde_diffusion.networks.unet2d import UNet2D
 from sde_diffusion.presets import preset
@@ -282,13 +283,14 @@ class Bench:
                 "train_ratio": train[0] / t * side.batch / sides[0].batch,
                 "infer_images_per_second": side.batch / i,
                 "infer_ratio": infer[0] / i * side.batch / sides[0].batch,
-                "peak_mib": memory.get(side.name, float("nan")),
+                "peak_mib": memory.get(side.name, 0.0),
             }
             rows[side.name] = row
+            peak = f"{row['peak_mib']:.0f}" if row["peak_mib"] else "not measured"
             self.say(
                 f"| {side.name} | {row['train_images_per_second']:.1f} ± {100 * dt:.0f}% | "
                 f"{row['train_ratio']:.2f} | {row['infer_images_per_second']:.1f} ± {100 * di:.0f}% | "
-                f"{row['infer_ratio']:.2f} | {row['peak_mib']:.0f} |"
+                f"{row['infer_ratio']:.2f} | {peak} |"
             )
         self.results[title] = rows
         return rows
@@ -309,9 +311,11 @@ def print_peak_memory(name: str) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def on_cpu(bench: Bench, title: str, names: list[str], threads: int) -> dict[str, dict[str, float]]:
-    """Compares some of :data:`CPU_SIDES`."""
-    sides = []
+def on_cpu(
+    bench: Bench, title: str, names: list[str], threads: int, first: list[Side] | None = None
+) -> dict[str, dict[str, float]]:
+    """Compares some of :data:`CPU_SIDES`, with others before them."""
+    sides = list(first or [])
     for name in names:
         side = CPU_SIDES[name]()
         sides.append(replace(side, name=name))
@@ -332,10 +336,17 @@ def unet2d(bench: Bench, threads: int) -> None:
     on_cpu(bench, "UNet2D, 8,952,067 parameters, 32x32, batch 8", names, threads)
 
 
-def against_reference(bench: Bench, threads: int) -> None:
-    """DDPM++ against what the reference implementation did."""
-    names = ["DDPM++ ours float32", "DDPM++ ours, auto precision"]
-    rows = on_cpu(bench, "DDPM++ at its CIFAR-10 config, batch 4", names, threads)
+def against_reference(bench: Bench, threads: int, folder: Path | None) -> None:
+    """DDPM++ against the reference implementation, or without a checkout of it against what it once did."""
+    names, title = (
+        ["DDPM++ ours float32", "DDPM++ ours, auto precision"],
+        "DDPM++ at its CIFAR-10 config, batch 4",
+    )
+    if folder is not None:
+        steps = reference_ddpmpp(folder, *inputs(4, CPU))
+        on_cpu(bench, title, names, threads, [Side("reference float32", 4, *steps)])
+        return
+    rows = on_cpu(bench, title, names, threads)
     if threads != 2 or bench.now is time.process_time:
         bench.say("", "No ratio to the reference, whose figures are for 2 threads by the wall clock.")
         return
@@ -387,37 +398,50 @@ def profiled(bench: Bench, rows: int = 15) -> None:
     bench.results["profile"] = {"peaks": limits, "gflops": rate, "fraction": rate / best, "operations": table}
 
 
-GRADIENTS = (  # images, channels in and out, side
+CONVOLUTIONS = (  # images, channels in and out, side
     (8, 64, 64, 32), (8, 128, 128, 16), (8, 256, 128, 16), (8, 128, 128, 8), (8, 128, 128, 4),
-    (64, 48, 48, 28), (64, 96, 96, 14), (128, 32, 32, 8), (128, 64, 64, 4),
+    (4, 256, 256, 16), (64, 48, 48, 28), (64, 96, 96, 14), (128, 32, 32, 8), (128, 64, 64, 4),
 )  # fmt: skip
 
 
-def gradients(bench: Bench) -> None:
-    """Derivatives of convolutions by their weights."""
-    bench.say("", "## 3x3 convolutions in bfloat16, ms", "")
-    if not fast_layout.available() or conv_weights._library() is None:
-        bench.say("Not here: no matrix tiles (AMX), or no compiler.")
+def convolutions(bench: Bench) -> None:
+    """Convolutions and their derivatives by the image and by the weights: torch's, and those of training."""
+    bench.say("", "## 3x3 convolutions in bfloat16, ms by torch and by us", "")
+    if not fast_layout.available() or not conv_weights.available():
+        bench.say("Not here: no bfloat16 in this processor, or no compiler.")
         return
-    bench.say("| images, channels, pixels | convolution | derivative by the weights, torch | in C | faster |")
-    bench.say("|---|---|---|---|---|")
+    bench.say(
+        "| images, channels, pixels | values | | by the image | | by the weights | | all, times faster |"
+    )
+    bench.say("|---|---|---|---|---|---|---|---|")
     rows, ones = {}, [1, 1]
-    for images, into, out, side in GRADIENTS:
+    for images, into, out, side in CONVOLUTIONS:
         x, grad = (
             torch.randn(images, channels, side, side).to(BFLOAT16, memory_format=torch.channels_last)
             for channels in (into, out)
         )
         weight = torch.randn(out, into, 3, 3).to(BFLOAT16, memory_format=torch.channels_last)
-        by_torch = partial(
+        back = partial(
             torch.ops.aten.convolution_backward,
-            *(grad, x, weight, [out], ones, ones, ones, False, [0, 0], 1, [False, True, True]),
+            *(grad, x, weight, [out], ones, ones, ones, False, [0, 0], 1),
         )
-        steps = [partial(F.conv2d, x, weight, padding=1), by_torch, partial(weight_gradient, x, grad)]
-        forward, theirs_, ours_ = (1e3 * seconds for seconds in bench.alternate(steps, before=steps))
-        name = f"{images}, {into} to {out}, {side} x {side}"
-        rows[name] = {"convolution": forward, "torch": theirs_, "ours": ours_}
-        bench.say(f"| {name} | {forward:.2f} | {theirs_:.2f} | {ours_:.2f} | {theirs_ / ours_:.1f} |")
-    bench.results["gradients"] = rows
+        theirs_ = [
+            partial(F.conv2d, x, weight, padding=1),
+            partial(back, [True, False, False]),
+            partial(back, [False, True, True]),
+        ]
+        if winograd.pays(weight):
+            by_weight = partial(winograd.weight_gradient, x, grad)
+            by_image = partial(winograd.derivative_by_image, grad, weight)
+            ours_ = [partial(winograd.convolve, x, weight), by_image, by_weight]
+        else:
+            ours_ = [*theirs_[:2], partial(conv_weights.weight_gradient, x, grad)]
+        steps = [step for pair in zip(theirs_, ours_, strict=True) for step in pair]
+        times = [1e3 * seconds for seconds in bench.alternate(steps, before=steps)]
+        name, faster = f"{images}, {into} to {out}, {side} x {side}", sum(times[::2]) / sum(times[1::2])
+        rows[name] = {"torch": times[::2], "ours": times[1::2], "faster": faster}
+        bench.say(f"| {name} | {' | '.join(f'{value:.2f}' for value in times)} | {faster:.2f} |")
+    bench.results["convolutions"] = rows
 
 
 def losses(steps: int, seed: int, dtype: torch.dtype) -> Tensor:
@@ -529,13 +553,14 @@ def machine() -> str:
 
 def main() -> None:
     """The command line."""
-    sections = ("unet2d", "ddpmpp", "profile", "gradients", "loss", "gpu")
+    sections = ("unet2d", "ddpmpp", "profile", "convolutions", "loss", "gpu")
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sections", nargs="+", choices=sections, default=list(sections))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--reference", type=Path, help="a checkout of score_sde_pytorch, to run beside ours")
     parser.add_argument("--loss-steps", type=int, default=200)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
@@ -550,10 +575,10 @@ def main() -> None:
     bench.say(f"torch {torch.__version__}, {options.threads} threads, {options.clock} clock")
     run: dict[str, Callable[[], None]] = {
         "unet2d": lambda: unet2d(bench, options.threads),
-        "ddpmpp": lambda: against_reference(bench, options.threads),
+        "ddpmpp": lambda: against_reference(bench, options.threads, options.reference),
         "profile": lambda: profiled(bench),
         "loss": lambda: loss_curves(bench, options.loss_steps),
-        "gradients": lambda: gradients(bench),
+        "convolutions": lambda: convolutions(bench),
         "gpu": lambda: gpu(bench),
     }
     for name in options.sections:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import pytest
 import torch
@@ -195,22 +196,21 @@ def test_second_and_batched_derivatives(gains: None) -> None:
         assert relative(a.detach(), b.detach()) < 0.02
 
 
-@pytest.fixture(scope="module")
-def without_tiles() -> ctypes.CDLL:
-    """Attention compiled as for a processor that has no matrix tiles."""
+@lru_cache
+def attention_without(*flags: str) -> ctypes.CDLL | None:
+    """Attention compiled as for a processor that lacks something; None if the compiler is not for those that could
+    have it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CC", " ".join([*native._compiler(), "-mno-amx-bf16"]))  # type: ignore[misc]
+        patch.setenv("CC", " ".join([*native._compiler(), *flags]))  # type: ignore[misc]
         patch.setattr(native, "load_native", native.load_native.__wrapped__)
         patch.setattr(narrow_attention, "load_native", native.load_native)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            library = narrow_attention._library.__wrapped__()
-    if library is None:
-        pytest.skip("the compiler is not for processors that could have tiles")
-    return library
+            return narrow_attention._library.__wrapped__()
 
 
-@pytest.mark.parametrize("tiles", [True, False])
+# By what this processor has, and without its matrix tiles, and without its products of pairs either.
+@pytest.mark.parametrize("flags", [(), ("-mno-amx-bf16",), ("-mno-amx-bf16", "-mno-avx512bf16")])
 @pytest.mark.parametrize(
     "scale", [1.0, 12.0, 300.0]
 )  # the latter two with logits whose exponentials overflow
@@ -218,16 +218,17 @@ def without_tiles() -> ctypes.CDLL:
     ("batch", "tokens", "heads"), [(2, 64, 3), (1, 37, 2), (3, 5, 1), (1, 16, 2), (1, 97, 1)]
 )
 def test_narrow_attention_is_the_formula(
-    tiles: bool,
+    flags: tuple[str, ...],
     scale: float,
     batch: int,
     tokens: int,
     heads: int,
-    request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not tiles:
-        library = request.getfixturevalue("without_tiles")
+    if flags:
+        library = attention_without(*flags)
+        if library is None:
+            pytest.skip("the compiler is for other processors")
         monkeypatch.setattr(narrow_attention, "_library", lambda: library)
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(batch, tokens, 24 * heads, generator=generator)
@@ -247,6 +248,15 @@ def test_narrow_attention_is_the_formula(
     assert relative(found[1], truth[1]) < (3 if scale == 1.0 else 8) * ROUNDING
     with torch.no_grad():
         assert torch.equal(narrow_attention.narrow_attention(qkv, heads), found[0])
+
+
+def test_large_gradients_of_few_tokens_stay_finite() -> None:
+    """Logits near the bound of what needs no shift: keys that fill up a block must not overflow."""
+    qkv = torch.cat([torch.full((1, 5, 8), 4.4), torch.full((1, 5, 8), -4.4), torch.randn(1, 5, 8)], 2)
+    qkv = qkv.bfloat16().requires_grad_()
+    out = narrow_attention.narrow_attention(qkv, 1)
+    (found,) = torch.autograd.grad(out, qkv, torch.full_like(out, 1e16))
+    assert found.isfinite().all()
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {

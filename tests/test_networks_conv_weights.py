@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sde_diffusion.networks import UNet, channels_last, conv_weights, narrow_attention
+from sde_diffusion.networks import UNet, channels_last, conv_weights, narrow_attention, winograd
 from sde_diffusion.networks.blocks import repeat_and_convolve
 from sde_diffusion.networks.conv_bfloat16 import conv3x3, fitting
 from sde_diffusion.networks.conv_weights import weight_gradient
@@ -96,7 +96,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_channel() -> None:
 def test_value_and_derivative_by_the_image_are_those_of_torch() -> None:
     inputs, cotangent = problem(), images(3, 24, 5, 9, seed=3)
     with in_bfloat16():
-        assert fitting(*inputs[:2])
+        assert fitting(*inputs)
         out, wanted = conv3x3(*inputs), F.conv2d(*inputs, padding=1)
     assert torch.equal(out, wanted) and channels_last.is_channels_last(out)
     found, theirs = (torch.autograd.grad(part, inputs, cotangent) for part in (out, wanted))
@@ -108,34 +108,41 @@ def test_value_and_derivative_by_the_image_are_those_of_torch() -> None:
         assert ours.dtype == torch.float32 and relative(ours, right) < 1e-6 < relative(rounded, right)
 
 
+# Channels in and out: of those with which winograd may be used, and of others.
+SIZES = pytest.mark.parametrize(("channels", "out"), [(20, 24), (40, 48)])
+
+
+@SIZES
 @pytest.mark.parametrize("needed", ["image", "weight", "bias"])
-def test_each_derivative_alone(needed: str) -> None:
-    inputs = dict(zip(("image", "weight", "bias"), problem(), strict=True))
-    cotangent = images(3, 24, 5, 9, seed=3)
+def test_each_derivative_alone(needed: str, channels: int, out: int) -> None:
+    inputs = dict(zip(("image", "weight", "bias"), problem(3, channels, out), strict=True))
+    cotangent = images(3, out, 5, 9, seed=3)
     results = []
     for function in (conv3x3, lambda *a: F.conv2d(*a, padding=1)):
         with in_bfloat16():
-            out = function(*inputs.values())
-        results.append(torch.autograd.grad(out, inputs[needed], cotangent)[0])
-    assert relative(results[0], results[1].double()) < 2.0**-8
+            result = function(*inputs.values())
+        results.append(torch.autograd.grad(result, inputs[needed], cotangent)[0])
+    assert relative(results[0], results[1].double()) < 2.0**-7
     with in_bfloat16():  # and without a bias
-        out = conv3x3(inputs["image"], inputs["weight"], None)
-    of_weight = torch.autograd.grad(out, inputs["weight"], cotangent)[0]
-    assert torch.equal(of_weight, weight_gradient(inputs["image"].detach(), cotangent)[0])
+        result = conv3x3(inputs["image"], inputs["weight"], None)
+    of_weight = torch.autograd.grad(result, inputs["weight"], cotangent)[0]
+    gradient = winograd.weight_gradient if winograd.pays(inputs["weight"]) else weight_gradient
+    assert torch.equal(of_weight, gradient(inputs["image"].detach(), cotangent)[0])
 
 
-def test_second_and_batched_derivatives() -> None:
-    inputs = problem()
+@SIZES
+def test_second_and_batched_derivatives(channels: int, out: int) -> None:
+    inputs = problem(3, channels, out)
     leaves = exact(*inputs)
-    cotangents = torch.randn(3, 3, 24, 5, 9, generator=torch.Generator().manual_seed(4))
+    cotangents = torch.randn(3, 3, out, 5, 9, generator=torch.Generator().manual_seed(4))
     results = []
     for parts, function in ((inputs, conv3x3), (leaves, lambda *a: F.conv2d(*a, padding=1))):
         with in_bfloat16():
-            out = function(*parts).tanh()
+            result = function(*parts).tanh()
         batched = torch.autograd.grad(
-            out, parts, cotangents.to(out.dtype), is_grads_batched=True, retain_graph=True
+            result, parts, cotangents.to(result.dtype), is_grads_batched=True, retain_graph=True
         )
-        first = torch.autograd.grad(out, parts, cotangents[0].to(out.dtype), create_graph=True)
+        first = torch.autograd.grad(result, parts, cotangents[0].to(result.dtype), create_graph=True)
         total = sum(part.double().square().sum() for part in first)
         results.append([*batched, *first, *torch.autograd.grad(total, parts)])
     for a, b in zip(*results, strict=True):
@@ -144,10 +151,11 @@ def test_second_and_batched_derivatives() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@SIZES
 def test_the_gradient_has_layout_and_type_of_the_weight(
-    layout: torch.memory_format, dtype: torch.dtype
+    layout: torch.memory_format, dtype: torch.dtype, channels: int, out: int
 ) -> None:
-    x, weight, bias = problem()
+    x, weight, bias = problem(3, channels, out)
     weight = weight.detach().to(dtype, memory_format=layout).requires_grad_()
     with in_bfloat16():
         (found,) = torch.autograd.grad(conv3x3(x, weight, bias).sum(), weight)
@@ -175,30 +183,60 @@ def test_an_image_without_a_batch() -> None:
         torch.testing.assert_close(conv(x[0]), conv(x)[0])
 
 
-def test_saved_tensors_may_come_back_in_another_layout() -> None:
-    inputs, cotangent = problem(), images(3, 24, 5, 9, seed=3)
+@SIZES
+def test_saved_tensors_may_come_back_in_another_layout(channels: int, out: int) -> None:
+    inputs, cotangent = problem(3, channels, out), images(3, out, 5, 9, seed=3)
     results = []
     for unpack in (lambda t: t, lambda t: t.contiguous()):
         with in_bfloat16(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
-            out = conv3x3(*inputs)
-            results.append(torch.autograd.grad(out, inputs, cotangent.contiguous()))
+            result = conv3x3(*inputs)
+            results.append(torch.autograd.grad(result, inputs, cotangent.contiguous()))
     for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 2.0**-8
 
 
 def test_only_where_weights_are_trained_in_bfloat16() -> None:
-    x, weight, _ = problem()
-    assert not fitting(x, weight)  # a convolution of bfloat16 and float32
-    assert fitting(x, weight.detach().bfloat16().requires_grad_())
+    x, weight, bias = problem()
+    assert not fitting(x, weight, bias)  # a convolution of bfloat16 and float32
+    assert fitting(x, weight.detach().bfloat16().requires_grad_(), bias)
     with in_bfloat16():
-        assert fitting(x, weight)
-        assert not fitting(x.float(), weight) and not fitting(x, weight.detach())
-        assert not fitting(x[:0], weight)
+        assert fitting(x, weight, bias)
+        assert not fitting(x.float(), weight, bias) and not fitting(x, weight.detach(), bias)
+        assert not fitting(x[:0], weight, bias)
         with torch.no_grad():
-            assert not fitting(x, weight)
+            assert not fitting(x, weight, bias)
         seen = []
-        torch.func.vmap(lambda part: seen.append(fitting(part[None], weight)) or part)(x)
+        torch.func.vmap(lambda part: seen.append(fitting(part[None], weight, bias)) or part)(x)
         assert seen == [False]
+
+
+@SIZES
+def test_what_does_not_match_is_refused_as_by_torch(channels: int, out: int) -> None:
+    conv = Conv3x3(channels, out)
+    for training in (True, False):
+        conv.train(training)
+        for wrong in (channels - 1, channels + 1, 2 * channels):
+            x = images(2, wrong, 6, 6)
+            for wanted in (True, False):
+                with (
+                    in_bfloat16(),
+                    torch.set_grad_enabled(wanted),
+                    pytest.raises(RuntimeError, match="channels"),
+                ):
+                    conv(x)
+    conv.bias = nn.Parameter(torch.zeros(out - 1))
+    with in_bfloat16(), torch.no_grad(), pytest.raises(RuntimeError):
+        conv(images(2, channels, 6, 6))
+
+
+@SIZES
+def test_a_bias_trained_alone(channels: int, out: int) -> None:
+    conv, x = Conv3x3(channels, out).train(), images(2, channels, 6, 6)
+    conv.weight.requires_grad_(False)
+    with in_bfloat16():
+        conv(x).float().sum().backward()
+    assert conv.bias is not None and conv.bias.grad is not None
+    torch.testing.assert_close(conv.bias.grad, torch.full((out,), 72.0))
 
 
 def names(out: Tensor) -> set[str]:

@@ -161,17 +161,16 @@ def test_where_it_is_used() -> None:
         wanted = winograd.convolve(x, conv.weight, conv.bias)
         assert torch.equal(conv(x), wanted) and torch.equal(conv.train()(x), wanted)
         assert not torch.equal(F.conv2d(x, conv.weight, conv.bias, padding=1), wanted)
-        assert not conv_bfloat16.fitting(x.float(), conv.weight)
-        assert not conv_bfloat16.fitting(x, conv.weight[:31]) and not conv_bfloat16.fitting(
-            x, conv.weight.double()
-        )
+        assert not conv_bfloat16.fitting(x.float(), conv.weight, conv.bias)
+        assert not conv_bfloat16.fitting(x, conv.weight[:31], None)
+        assert not conv_bfloat16.fitting(x, conv.weight.double(), conv.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(conv.train()(x), wanted)
         # In evaluation mode derivatives of all kinds are torch's.
         conv.eval()
         assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, padding=1))
         frozen = conv.requires_grad_(False)
-        assert not conv_bfloat16.fitting(x.requires_grad_(), frozen.weight)
+        assert not conv_bfloat16.fitting(x.requires_grad_(), frozen.weight, frozen.bias)
 
 
 def test_a_network_in_bfloat16_is_near_itself_in_float32() -> None:

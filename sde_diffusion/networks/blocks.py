@@ -291,7 +291,8 @@ def repeat_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """
     plain = torch.compiler.is_compiling() or x.device.type != "cpu"
     few = x.shape[0] * x.shape[2] * x.shape[3] < 256
-    if plain or few or (conv.training and conv_weights.by_tiles() and conv_bfloat16.fitting(x, conv.weight)):
+    fitting = not plain and conv.training and conv_bfloat16.fitting(x, conv.weight, conv.bias)
+    if plain or few or (fitting and conv_weights.by_tiles()):
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     return F.conv_transpose2d(x, repetition_folded(conv.weight), conv.bias, stride=2, padding=1)
 

@@ -13,23 +13,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sde_diffusion.networks import winograd
-from sde_diffusion.networks.channels_last import differentiated, fastest_layout, gains, in_memory
+from sde_diffusion.networks.channels_last import differentiated, gains, in_memory
 from sde_diffusion.networks.conv_weights import available, weight_gradient
 
 
-def fitting(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`conv3x3` is for them: x (B, C, H, W) is in bfloat16 and
-    :func:`~sde_diffusion.networks.channels_last.gains` by channels last, its convolution with the weight
-    (C', C, 3, 3) would be in bfloat16, and either no derivative is wanted or the weight is trained."""
-    if not (x.ndim == 4 and gains(x) and weight.device == x.device):
-        return False
-    if weight.dtype not in (torch.bfloat16, torch.float32):
+def fitting(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether :func:`conv3x3` is for them, and faster than torch.
+
+    That is, x (B, C, H, W) is in bfloat16 and :func:`~sde_diffusion.networks.channels_last.gains` by channels last,
+    its convolution with weight (C', C, 3, 3) and bias (C') would be in bfloat16, and either the weight is trained, or
+    no derivative is wanted and :func:`~sde_diffusion.networks.winograd.pays`.
+    """
+    if not (x.ndim == 4 and weight.shape[1:] == (x.shape[1], 3, 3) and gains(x)):
         return False
     if weight.dtype != x.dtype and not (
         torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == x.dtype
     ):
         return False
-    if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return False
+    parts = [weight] if bias is None else [weight, bias]
+    if not all(part.device == x.device and part.dtype in (torch.bfloat16, torch.float32) for part in parts):
+        return False
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (x, *parts)):
         return weight.requires_grad and available()
     return winograd.pays(weight)
 
@@ -40,7 +46,7 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     For which :func:`fitting` holds. It has all derivatives in reverse mode; those by weight and bias are summed in
     float32. The weight must not change between the two passes.
     """
-    x = fastest_layout(x)
+    x = x.contiguous(memory_format=torch.channels_last)
     if torch.is_grad_enabled() and weight.requires_grad:
         return _Conv3x3.apply(x, weight, bias)
     return winograd.convolve(x, weight, bias)

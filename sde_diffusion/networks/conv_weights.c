@@ -55,8 +55,6 @@ static void pack_x(const problem *p, const bf16 *a, const bf16 *b, int64_t chann
 #include "conv_weights_pairs.h"
 #ifdef HAVE_TILES
 #include "conv_weights_tiles.h"
-#else
-#define tiles_allowed() 0
 #endif
 
 /* A thread's share. Each has the same channels of g and of the result to the end and at the next call, as lines that another

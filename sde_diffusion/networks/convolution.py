@@ -38,14 +38,14 @@ class Conv3x3(nn.Conv2d):
         """input: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         if self.training:
             return trained_conv3x3(input, self.weight, self.bias)
-        if not torch.is_grad_enabled() and conv_bfloat16.fitting(input, self.weight):
+        if not torch.is_grad_enabled() and conv_bfloat16.fitting(input, self.weight, self.bias):
             return conv_bfloat16.conv3x3(input, self.weight, self.bias)
         return super().forward(input)
 
 
 def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) convolved with weight (C', C, 3, 3), zeros around it, and bias (C') or None -> (B, C', H, W)."""
-    if conv_bfloat16.fitting(x, weight):
+    if conv_bfloat16.fitting(x, weight, bias):
         return conv_bfloat16.conv3x3(x, weight, bias)
     if _pays(x, weight):
         return _FewerProducts.apply(x, weight, bias)

@@ -156,16 +156,12 @@ INLINE void backward_head(const bf16 *qkv, const bf16 *out, const bf16 *grad, co
         }
 }
 
-#if defined(HAVE_PAIRS) || defined(HAVE_TILES)
-#include "narrow_attention_halves.h"
-#endif
 #ifdef HAVE_PAIRS
+#include "narrow_attention_halves.h"
 #include "narrow_attention_pairs.h"
 #endif
 #ifdef HAVE_TILES
 #include "narrow_attention_tiles.h"
-#else
-#define tiles_allowed() 0
 #endif
 
 /* Memory for one head, zero; a multiple of a tile's row. */

@@ -10,12 +10,6 @@ INLINE void as_rows(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) 
     for (int64_t t = 0; t < tokens; t++) memcpy(to + t * WIDE, from + t * stride, D * sizeof(bf16));
 }
 
-/* the transpose (8, tokens), in blocks of `block` tokens; */
-INLINE void as_columns(const bf16 *from, int64_t stride, int64_t tokens, int64_t block, bf16 *to) {
-    for (int64_t t = 0; t < tokens; t++)
-        for (int d = 0; d < D; d++) to[t / block * block * D + d * block + t % block] = from[t * stride + d];
-}
-
 /* the transpose in pairs of channels, (8, 16, 2) for each 16 tokens, of which the last four rows are padding; */
 INLINE void as_pairs_of_channels(const bf16 *from, int64_t stride, int64_t tokens, bf16 *to) {
     for (int64_t t = 0; t < tokens; t++)

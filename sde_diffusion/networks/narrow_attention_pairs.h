@@ -104,7 +104,7 @@ INLINE void over_keys(__m512i slopes[BLOCK / 2][2], const bf16 *keys, float *sum
     for (int i = 0; i < 2 * D; i++) put(sums + i * LANES, sum[i]);
 }
 
-/* room: 124 padded numbers, zero. */
+/* room: 108 padded numbers, zero. */
 INLINE void backward_pairs(const bf16 *qkv, const bf16 *out, const bf16 *grad, const float *logs, bf16 *of_qkv,
                            int64_t tokens, int64_t padded, int64_t channels, bf16 *room) {
     int64_t wide = WIDE * padded, size = D * padded, step = 3 * channels;
@@ -131,14 +131,16 @@ INLINE void backward_pairs(const bf16 *qkv, const bf16 *out, const bf16 *grad, c
             __m512i queries[D / 2][2], grads[D / 2][2];
             load_queries(q + start * WIDE, queries);
             load_queries(g + start * WIDE, grads);
-            for (int t = 0; t < BLOCK; t += 2) { /* keys beyond the last are zero: their slopes count for nothing */
-                floats p[2][2], slope[2][2];     /* keys, queries */
+            for (int t = 0; t < BLOCK; t += 2) {
+                floats p[2][2] = {{{0}}}, slope[2][2] = {{{0}}}; /* keys, queries */
                 for (int i = 0; i < 2; i++) {
-                    with_queries(k + (first + t + i) * WIDE, queries, p[i]);
-                    with_queries(v + (first + t + i) * WIDE, grads, slope[i]);
-                    for (int h = 0; h < 2; h++) {
-                        p[i][h] = coarse_power(p[i][h] * scale - at(log + start + h * LANES));
-                        slope[i][h] = p[i][h] * (slope[i][h] - at(along + start + h * LANES));
+                    if (first + t + i < tokens) {
+                        with_queries(k + (first + t + i) * WIDE, queries, p[i]);
+                        with_queries(v + (first + t + i) * WIDE, grads, slope[i]);
+                        for (int h = 0; h < 2; h++) {
+                            p[i][h] = coarse_power(p[i][h] * scale - at(log + start + h * LANES));
+                            slope[i][h] = p[i][h] * (slope[i][h] - at(along + start + h * LANES));
+                        }
                     }
                     _mm512_store_si512(weights[t + i], rounded(p[i][0], p[i][1]));
                     _mm512_store_si512(slopes[t + i], rounded(slope[i][0], slope[i][1]));

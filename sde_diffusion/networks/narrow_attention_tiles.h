@@ -8,6 +8,12 @@
 static const layout FORWARD = {1, 0, {0}, {64, 64, 64, 32, 64, 64, 64}, {8, 16, 16, 16, 8, 8, 16}};
 static const layout BACKWARD = {1, 0, {0}, {64, 64, 64, 64, 32, 32, 32, 64}, {8, 8, 8, 16, 16, 16, 8, 16}};
 
+/* Of a head whose tokens are `stride` apart the transpose (8, tokens), in blocks of `block` tokens. */
+INLINE void as_columns(const bf16 *from, int64_t stride, int64_t tokens, int64_t block, bf16 *to) {
+    for (int64_t t = 0; t < tokens; t++)
+        for (int d = 0; d < D; d++) to[t / block * block * D + d * block + t % block] = from[t * stride + d];
+}
+
 /* The logits of 32 keys from `rows` on and the 16 queries in tile 4, not yet scaled. */
 INLINE void forward_logits(const bf16 *rows, float to[2 * BLOCK][LANES]) {
     _tile_loadd(3, rows, 2 * WIDE);

@@ -22,6 +22,11 @@ INLINE __m512i four(const bf16 *x) {
     return _mm512_set1_epi64(both);
 }
 
+/* Of 16 numbers those that are there, the others zero. */
+INLINE floats widened(const bf16 *x, __mmask16 there) {
+    return (floats)((words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, x)) << 16);
+}
+
 /* 32 numbers in bfloat16. */
 INLINE __m512i rounded(floats low, floats high) { return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low); }
 

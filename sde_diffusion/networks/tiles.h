@@ -3,7 +3,8 @@
    A tile holds up to 16 rows of 64 bytes. C += A B takes A as rows of bfloat16 and B in pairs: its row r has the rows 2 r
    and 2 r + 1 of the matrix, interleaved. */
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && \
+    defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define HAVE_TILES
 #include <immintrin.h>
 #include <stdint.h>
@@ -39,5 +40,9 @@ static int tiles_allowed(void) {
         else                                                                                                               \
             _tile_release();                                                                                               \
     } while (0)
+
+#else
+
+#define tiles_allowed() 0
 
 #endif

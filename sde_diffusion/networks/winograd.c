@@ -14,10 +14,6 @@
 #ifdef HAVE_PAIRS
 #include "winograd.h"
 
-#ifndef HAVE_TILES
-#define tiles_allowed() 0
-#endif
-
 #define MOST_TILES 24 /* of a thread at a time, which 6 divides */
 
 typedef struct {
@@ -46,7 +42,7 @@ INLINE void apart(__m512i both, floats *even, floats *odd) {
     *odd = (floats)((words)both & 0xffff0000);
 }
 
-/* Points of `count` tiles from `first` on: (16, block, padded); of those up to the next multiple of 6 nothing is read. */
+/* Points of `count` tiles from `first` on: (16, block, padded); after them, to a multiple of 6, anything may be. */
 static void take_pixels(const problem *p, int64_t first, int64_t count, bf16 *to) {
     int64_t plane = MOST_TILES * p->padded + APART;
     for (int64_t t = 0; t < count; t++, to += p->padded) {
@@ -115,9 +111,8 @@ static void convolve(const problem *p, part of, int64_t first, int64_t count, bf
 /* 16 numbers, of which those from n on are zero. */
 INLINE floats take(const void *from, int64_t place, int half, int64_t n) {
     __mmask16 there = lanes_from(0, n);
-    if (!half) return (floats)_mm512_maskz_loadu_ps(there, (const float *)from + place);
-    __m256i halves = _mm256_maskz_loadu_epi16(there, (const bf16 *)from + place);
-    return (floats)((words)_mm512_cvtepu16_epi32(halves) << 16);
+    if (half) return widened((const bf16 *)from + place, there);
+    return (floats)_mm512_maskz_loadu_ps(there, (const float *)from + place);
 }
 
 /* Where the filters of a point, of a pair of x's channels and 16 of the result are, and how far it is to the next point. */

@@ -5,7 +5,8 @@ The derivative by the weights is that of ``winograd_weights.c``.
 Such a processor multiplies in bfloat16 twice as fast as in float32, which torch makes full use of; only fewer
 products are faster. Those of Winograd (1980; Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks")
 are 4 a result where there are 9 otherwise. As both factors are sums, of pixels and of weights, rounded to bfloat16,
-values and derivatives by the image are up to 1.9 times as far from exact ones as those of torch in bfloat16.
+values and derivatives by the image are up to 1.9 times as far from exact ones as those of torch in bfloat16. Sums of
+16 pixels must be finite, and what is not finite spreads to the tiles of 2x2 results that see it.
 """
 
 from __future__ import annotations
@@ -36,14 +37,13 @@ def _library() -> ctypes.CDLL | None:
 
 @lru_cache
 def _weights_library() -> ctypes.CDLL | None:
-    return load_native(_WEIGHTS_SOURCE, winograd_weights="PPPPNNNNNI")
+    return None if _library() is None else load_native(_WEIGHTS_SOURCE, winograd_weights="PPPPNNNNNI")
 
 
 def pays(weight: Tensor) -> bool:
     """Whether the functions here are available and faster than torch's, for the weights (C', C, 3, 3). It does not
-    depend on the images, so that the same network computes the same in batches of every size."""
-    few = min(weight.shape[:2]) < _MIN_CHANNELS
-    return not few and _library() is not None and _weights_library() is not None
+    depend on the images, so that a convolution computes the same in batches of every size."""
+    return min(weight.shape[:2]) >= _MIN_CHANNELS and _weights_library() is not None
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -6,17 +6,12 @@
    the products take them, and the sums of a portion go on where those of the one before ended, in an order that does not
    depend on the number of threads. */
 
-#include "tiles.h"
 #include "vectors.h"
 
 #include "pairs.h"
 
 #ifdef HAVE_PAIRS
 #include "winograd.h"
-
-#ifndef HAVE_TILES
-#define tiles_allowed() 0
-#endif
 
 #define PORTION (1024 << 10) /* bytes of transformed tiles */
 #define TAPS 9
@@ -40,8 +35,7 @@ typedef struct {
 
 /* Those of 16 channels of a pixel that are there; zero outside the image. */
 INLINE floats channels_of(const bf16 *image, int64_t pixel, int64_t channels, __mmask16 there) {
-    if (pixel < 0) return (floats){0};
-    return (floats)((words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, image + pixel * channels)) << 16);
+    return pixel < 0 ? (floats){0} : widened(image + pixel * channels, there);
 }
 
 /* Where the two tiles of pair q begin in images of so many channels, and their size x size pixels from there on, or from one
@@ -160,9 +154,6 @@ static int do_part(const problem *p, int64_t index, int64_t parts, int64_t side)
     return failed;
 }
 
-/* Whether this processor has what it takes, and no tiles, with which fewer products are no gain. */
-int winograd_weights_available(void) { return !tiles_allowed(); }
-
 /* x: (images, height, width, in), g: (images, height, width, out); of_weight: (out, 9, in), of_bias: (out). Returns 0, or 1
    without memory. */
 int winograd_weights(const bf16 *x, const bf16 *g, float *of_weight, float *of_bias, int64_t images, int64_t height,
@@ -188,9 +179,5 @@ int winograd_weights(const bf16 *x, const bf16 *g, float *of_weight, float *of_b
     free(p.of_bias);
     return failed;
 }
-
-#else
-
-int winograd_weights_available(void) { return 0; }
 
 #endif
