@@ -49,11 +49,34 @@ def truncated_normal(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     (by the series of the density around the middle, with an error of order ``(b - a)^4``). Meant for
     float64.
     """
-    # By symmetry every cell can be put on the negative side.
+    mirrored, low, high = _on_negative_side(a, b)
+    logs = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return _truncated_normal(b - a, mirrored, low, high, *logs)
+
+
+@torch.no_grad()
+def truncated_normals(edges: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`truncated_normal`, without a derivative, of the cells between each two of ``edges`` (B, K + 1, P), with
+    one ``log Phi`` for each edge: (B, K, P) each."""
+    a, b = edges[:, :-1], edges[:, 1:]
+    mirrored, low, high = _on_negative_side(a, b)
+    tail = torch.special.log_ndtr(-edges.abs())
+    log_low = torch.where(mirrored, tail[:, 1:], tail[:, :-1])
+    log_high = torch.where(mirrored, tail[:, :-1], tail[:, 1:])
+    log_high = torch.where(high > 0, torch.log1p(-log_high.exp()), log_high)
+    return _truncated_normal(b - a, mirrored, low, high, log_low, log_high)
+
+
+def _on_negative_side(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a cell from a to b is to be mirrored to have its middle there, and its ends then."""
     mirrored = a + b > 0
-    low, high = torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
-    width, middle = b - a, (low + high) / 2
-    log_low, log_high = torch.special.log_ndtr(low), torch.special.log_ndtr(high)
+    return mirrored, torch.where(mirrored, -b, a), torch.where(mirrored, -a, b)
+
+
+def _truncated_normal(
+    width: Tensor, mirrored: Tensor, low: Tensor, high: Tensor, log_low: Tensor, log_high: Tensor
+) -> tuple[Tensor, Tensor]:
+    middle = (low + high) / 2
     log_mass = log_high + torch.log(-torch.expm1((log_low - log_high).clamp_max(-1e-15)))
     mean = (-0.5 * low.square() - _LOG_SQRT_2PI - log_mass).exp() - (
         -0.5 * high.square() - _LOG_SQRT_2PI - log_mass
@@ -329,7 +352,7 @@ def _nearby(logits: Tensor, y: Tensor, s: Tensor, in_logits: bool, in_state: boo
     cells = torch.arange(count + 1, device=y.device)[:, None]
     edges = (2 * (first + cells) / levels - 1 - y[:, None]) / s[:, None, None]
     low, high = edges[:, :-1], edges[:, 1:]
-    log_mass, mean = truncated_normal(low, high)
+    log_mass, mean = truncated_normals(edges)
     index = first.long() + cells[:-1]
     p = (logits.gather(1, index) + log_mass).softmax(1)
     noise = -(p * mean).sum(1)

@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from sde_diffusion import cells, narrow_cells
-from sde_diffusion.cells import expected_noise, series, truncated_normal, truncated_variance
+from sde_diffusion.cells import (
+    expected_noise,
+    series,
+    truncated_normal,
+    truncated_normals,
+    truncated_variance,
+)
 
 
 def plain(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
@@ -32,6 +38,16 @@ def test_a_cell_has_the_mass_and_mean_of_quadrature(low: float, width: float) ->
     want = math.log(mass) + reference - 0.5 * math.log(2 * math.pi)
     assert float(log_mass) == pytest.approx(want, abs=2e-8)
     assert float(mean) == pytest.approx(first / mass, abs=1e-6 * (1 + abs(low)) * width + 1e-9)
+
+
+@pytest.mark.parametrize("width", [1e-5, 0.05, 0.5, 3.0])
+def test_cells_that_share_their_edges(width: float) -> None:
+    """From one tail to the other, with an edge at zero and with zero within a cell."""
+    for shift in (0.0, 0.3 * width):
+        edges = torch.arange(-40, 41, dtype=torch.float64)[None, :, None] * width + shift
+        alone = truncated_normal(edges[:, :-1], edges[:, 1:])
+        for found, wanted in zip(truncated_normals(edges), alone, strict=True):
+            assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 def test_the_series_agrees_with_scipy_to_its_order() -> None:

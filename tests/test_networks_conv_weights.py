@@ -27,7 +27,7 @@ def images(*shape: int, seed: int = 0) -> Tensor:
 
 
 def problem(
-    batch: int = 3, channels: int = 20, out: int = 24, height: int = 5, width: int = 9
+    batch: int = 3, channels: int = 12, out: int = 15, height: int = 5, width: int = 9
 ) -> list[Tensor]:
     """Images, weights and bias that are differentiated."""
     generator = torch.Generator().manual_seed(1)
@@ -94,7 +94,7 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_channel() -> None:
 
 
 def test_value_and_derivative_by_the_image_are_those_of_torch() -> None:
-    inputs, cotangent = problem(), images(3, 24, 5, 9, seed=3)
+    inputs, cotangent = problem(), images(3, 15, 5, 9, seed=3)
     with in_bfloat16():
         assert fitting(*inputs)
         out, wanted = conv3x3(*inputs), F.conv2d(*inputs, padding=1)
@@ -108,8 +108,8 @@ def test_value_and_derivative_by_the_image_are_those_of_torch() -> None:
         assert ours.dtype == torch.float32 and relative(ours, right) < 1e-6 < relative(rounded, right)
 
 
-# Channels in and out: of those with which winograd may be used, and of others.
-SIZES = pytest.mark.parametrize(("channels", "out"), [(20, 24), (40, 48)])
+# Channels in and out: with which winograd is not used, and with which it may be.
+SIZES = pytest.mark.parametrize(("channels", "out"), [(12, 15), (40, 48)])
 
 
 @SIZES
@@ -267,7 +267,7 @@ def test_doubling_pixels_in_training_is_the_transposed_convolution() -> None:
         conv.train(training)
         with in_bfloat16():
             out = repeat_and_convolve(x, conv)
-        assert ("_Conv3x3Backward" in names(out)) is (training and conv_weights.by_tiles())
+        assert ("_Conv3x3Backward" in names(out)) is training
         results.append([out.detach(), *torch.autograd.grad(out, weights, images(4, 16, 16, 16, seed=1))])
     for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 0.02

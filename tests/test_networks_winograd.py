@@ -26,7 +26,7 @@ RESULT = torch.tensor([[1, 1, 1, 0], [0, 1, -1, -1]], dtype=torch.float64)
 # Channels that fill 64, 32, 16 and do not; images that fill tiles and do not; one tile, one pixel, several blocks.
 SHAPES = [
     (2, 64, 64, 8, 8), (3, 33, 70, 7, 5), (1, 32, 32, 1, 1), (5, 48, 96, 6, 3), (1, 100, 130, 4, 4),
-    (9, 40, 33, 16, 12), (2, 128, 32, 2, 2), (1, 32, 112, 1, 9), (7, 96, 48, 5, 1),
+    (9, 40, 33, 16, 12), (2, 128, 17, 2, 2), (1, 20, 112, 1, 9), (7, 96, 48, 5, 1),
 ]  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def test_where_it_is_used() -> None:
         assert torch.equal(conv(x), wanted) and torch.equal(conv.train()(x), wanted)
         assert not torch.equal(F.conv2d(x, conv.weight, conv.bias, padding=1), wanted)
         assert not conv_bfloat16.fitting(x.float(), conv.weight, conv.bias)
-        assert not conv_bfloat16.fitting(x, conv.weight[:31], None)
+        assert not conv_bfloat16.fitting(x, conv.weight[:16], None)
         assert not conv_bfloat16.fitting(x, conv.weight.double(), conv.bias)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(conv.train()(x), wanted)

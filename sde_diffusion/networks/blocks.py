@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sde_diffusion.networks import conv_bfloat16, conv_weights
+from sde_diffusion.networks import conv_bfloat16
 from sde_diffusion.networks.attention import attend_channels, attend_tokens
 from sde_diffusion.networks.channels_last import fused, is_channels_last, norm_silu, transformed
 from sde_diffusion.networks.checks import positive_int, probability
@@ -286,13 +286,12 @@ def repeat_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
     One result depends on 2x2 of the pixels before doubling: the same map is a transposed convolution of
     stride 2 with 4x4 weights, at 4 products per result in place of 9. On CPUs that is twice as fast from some
-    hundred pixels on, unless the 3x3 convolution has derivatives as fast as those by matrix tiles of
-    :mod:`~sde_diffusion.networks.conv_weights`.
+    hundred pixels on, unless the 3x3 convolution is one of :mod:`~sde_diffusion.networks.conv_bfloat16`.
     """
     plain = torch.compiler.is_compiling() or x.device.type != "cpu"
     few = x.shape[0] * x.shape[2] * x.shape[3] < 256
-    fitting = not plain and conv.training and conv_bfloat16.fitting(x, conv.weight, conv.bias)
-    if plain or few or (fitting and conv_weights.by_tiles()):
+    fitting = (conv.training or not torch.is_grad_enabled()) and not plain
+    if plain or few or (fitting and conv_bfloat16.fitting(x, conv.weight, conv.bias)):
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     return F.conv_transpose2d(x, repetition_folded(conv.weight), conv.bias, stride=2, padding=1)
 

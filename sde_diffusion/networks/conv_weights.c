@@ -97,9 +97,8 @@ INLINE void work(const problem *p, int tiles) {
     }
 }
 
-/* Whether this processor has what it takes, and whether that is tiles. */
+/* Whether this processor has what it takes. */
 int conv_weights_available(void) { return 1; }
-int conv_weights_has_tiles(void) { return tiles_allowed(); }
 
 /* x: (images, height, width, in), g: (images, height, width, out); of_weight: (out, 3, 3, in), of_bias: (out), may be NULL.
    Returns 0, or 1 without memory. */
@@ -147,6 +146,5 @@ int conv_weights(const bf16 *x, const bf16 *g, float *of_weight, float *of_bias,
 #else
 
 int conv_weights_available(void) { return 0; }
-int conv_weights_has_tiles(void) { return 0; }
 
 #endif

@@ -34,12 +34,6 @@ def available() -> bool:
     return _library() is not None
 
 
-def by_tiles() -> bool:
-    """Whether it is by matrix tiles, next to which the convolution itself is slow."""
-    library = _library()
-    return library is not None and bool(library.conv_weights_has_tiles())
-
-
 def weight_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The derivatives of ``sum(grad conv(x))`` by the weight, (C', C, 3, 3) with channels last, and by the bias (C').
 

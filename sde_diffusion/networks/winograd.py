@@ -24,7 +24,7 @@ from sde_diffusion.networks.native import load_native
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _WEIGHTS_SOURCE = Path(__file__).with_name("winograd_weights.c")
-_MIN_CHANNELS = 32
+_MIN_CHANNELS = 17  # products are made of 16 or 32 at a time
 
 
 @lru_cache
