@@ -66,7 +66,8 @@ UNSCALED = InputScaling("unscaled", lambda alpha, sigma, d: torch.ones_like(alph
 def frozen_weights_in(net: nn.Module, precision: torch.dtype) -> Iterator[None]:
     """For a while the weights of ``net`` are those that autocast would cast them to at every call.
 
-    Those of linear layers and convolutions in float32 that need no gradient; the results are the same.
+    Those of linear layers and convolutions in float32 that need no gradient. The results are the same, but of
+    convolutions that would read the weights in float32 (:mod:`sde_diffusion.networks.winograd`).
     """
     weights = [
         module.weight
