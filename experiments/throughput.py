@@ -21,8 +21,8 @@ Auto precision is the default of training; sampling has it with ``sampling.preci
 by default, for which the inference of the rows in float32 stands.
 
 The sides take turns, after warm-up; times are medians, ± the distance of their quartiles. Ours keep what memory they
-have freed, as our command line does, the others' return it, as Python does by itself; so each turn has three steps,
-of which the third counts.
+have freed, as our command line does, the others' return it, as Python does by itself; so each turn begins with
+``--settle`` steps that do not count.
 A training step is forward, backward, optimizer and moving average of the weights. Peak memory is that of a
 process of its own per side. Results go to ``experiments/results/throughput_<machine>.md`` and ``.json``, those of
 some sections to files of their own.
@@ -215,11 +215,13 @@ class Bench:
     Args:
         repeats: of each measurement.
         warmup: steps before it.
+        settle: steps that do not count before each one that does, where the sides differ in what they do with
+            freed memory.
         clock: "wall", or "cpu" for the seconds of the processor, on a machine that is not alone.
     """
 
-    def __init__(self, repeats: int, warmup: int, clock: str) -> None:
-        self.repeats, self.warmup = repeats, warmup
+    def __init__(self, repeats: int, warmup: int, settle: int, clock: str) -> None:
+        self.repeats, self.warmup, self.settle = repeats, warmup, settle
         self.now = time.process_time if clock == "cpu" else time.perf_counter
         self.results: dict[str, Any] = {}
         self.spreads: list[float] = []
@@ -246,7 +248,7 @@ class Bench:
     ) -> list[float]:
         """Median seconds of each, taken in turns; ``spreads`` then has the quartiles' distance over it.
 
-        Where something comes ``before`` the turns of a step, two steps that do not count follow it.
+        Where something comes ``before`` the turns of a step, steps that do not count follow it.
         """
         for step in steps:
             for _ in range(self.warmup):
@@ -256,8 +258,8 @@ class Bench:
             for i, (taken, step) in enumerate(zip(times, steps, strict=True)):
                 if before is not None:
                     before[i]()
-                    step()
-                    step()
+                    for _ in range(self.settle):
+                        step()
                 taken.append(self.seconds(step))
         medians = [statistics.median(taken) for taken in times]
         self.spreads = []
@@ -559,6 +561,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--settle", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--reference", type=Path, help="a checkout of score_sde_pytorch, to run beside ours")
     parser.add_argument("--loss-steps", type=int, default=200)
@@ -570,7 +573,7 @@ def main() -> None:
     if options.memory_of:
         print_peak_memory(options.memory_of)
         return
-    bench = Bench(options.repeats, options.warmup, options.clock)
+    bench = Bench(options.repeats, options.warmup, options.settle, options.clock)
     bench.say(f"# Throughput on {machine()}", "")
     bench.say(f"torch {torch.__version__}, {options.threads} threads, {options.clock} clock")
     run: dict[str, Callable[[], None]] = {
