@@ -32,6 +32,7 @@ from sde_diffusion.networks.blocks import (
     pointwise,
     repeat_and_convolve,
 )
+from sde_diffusion.networks.convolution import Conv3x3
 from sde_diffusion.networks.embeddings import (
     ConditionEmbedding,
     FourierEmbedding,
@@ -287,7 +288,7 @@ def test_pointwise_is_the_convolution() -> None:
 @pytest.mark.parametrize("size", [(1, 3, 5), (4, 9, 8)])  # below and above where weights are folded
 def test_convolution_of_repeated_pixels(size: tuple[int, int, int]) -> None:
     batch, height, width = size
-    conv = torch.nn.Conv2d(3, 5, 3, padding=1, dtype=torch.float64)
+    conv = Conv3x3(3, 5).double()
     x = torch.randn(batch, 3, height, width, dtype=torch.float64, requires_grad=True)
     got = repeat_and_convolve(x, conv)
     expected = conv(x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))

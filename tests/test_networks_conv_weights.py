@@ -259,15 +259,17 @@ def test_networks_use_it_in_training(training: bool) -> None:
     assert ("_Conv3x3Backward" in names(out)) is training
 
 
-def test_doubling_pixels_in_training_is_the_transposed_convolution() -> None:
-    conv, x = Conv3x3(24, 16), images(4, 24, 8, 8)
+@SIZES
+def test_doubling_pixels_in_training_is_the_transposed_convolution(channels: int, out: int) -> None:
+    conv, x = Conv3x3(channels, out), images(4, channels, 8, 8)
     weights: list[nn.Parameter] = list(conv.parameters())
     results = []
     for training in (True, False):
         conv.train(training)
         with in_bfloat16():
-            out = repeat_and_convolve(x, conv)
-        assert ("_Conv3x3Backward" in names(out)) is training
-        results.append([out.detach(), *torch.autograd.grad(out, weights, images(4, 16, 16, 16, seed=1))])
+            result = repeat_and_convolve(x, conv)
+        assert ("_Conv3x3Backward" in names(result)) is training
+        grad = images(4, out, 16, 16, seed=1)
+        results.append([result.detach(), *torch.autograd.grad(result, weights, grad)])
     for a, b in zip(*results, strict=True):
         assert relative(a, b.double()) < 0.02

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from sde_diffusion.networks import conv_bfloat16
 from sde_diffusion.networks.attention import attend_channels, attend_tokens
 from sde_diffusion.networks.channels_last import fused, is_channels_last, norm_silu, transformed
 from sde_diffusion.networks.checks import positive_int, probability
@@ -281,17 +280,16 @@ class StridedUpsample(nn.Module):
         return repeat_and_convolve(x, self.conv)
 
 
-def repeat_and_convolve(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def repeat_and_convolve(x: Tensor, conv: Conv3x3) -> Tensor:
     """A 3x3 convolution (padding 1) of x (B, C, H, W) with every pixel doubled -> (B, C', 2 H, 2 W).
 
     One result depends on 2x2 of the pixels before doubling: the same map is a transposed convolution of
     stride 2 with 4x4 weights, at 4 products per result in place of 9. On CPUs that is twice as fast from some
-    hundred pixels on, unless the 3x3 convolution is one of :mod:`~sde_diffusion.networks.conv_bfloat16`.
+    hundred pixels on, unless the 3x3 convolution :meth:`~Conv3x3.is_fast`.
     """
     plain = torch.compiler.is_compiling() or x.device.type != "cpu"
     few = x.shape[0] * x.shape[2] * x.shape[3] < 256
-    fitting = (conv.training or not torch.is_grad_enabled()) and not plain
-    if plain or few or (fitting and conv_bfloat16.fitting(x, conv.weight, conv.bias)):
+    if plain or few or conv.is_fast(x):
         return conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
     return F.conv_transpose2d(x, repetition_folded(conv.weight), conv.bias, stride=2, padding=1)
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sde_diffusion.networks import winograd
+from sde_diffusion.networks import conv_weights, winograd
 from sde_diffusion.networks.channels_last import differentiated, gains, in_memory
-from sde_diffusion.networks.conv_weights import available, weight_gradient
 
 
 def fitting(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -36,7 +35,7 @@ def fitting(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not all(part.device == x.device and part.dtype in (torch.bfloat16, torch.float32) for part in parts):
         return False
     if torch.is_grad_enabled() and any(part.requires_grad for part in (x, *parts)):
-        return weight.requires_grad and available()
+        return weight.requires_grad and conv_weights.available()
     return winograd.pays(weight)
 
 
@@ -77,8 +76,8 @@ class _Conv3x3(torch.autograd.Function):
             else:
                 of_x = _derivative_by_image(grad, x, narrow)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            gradient = winograd.weight_gradient if ctx.fewer_products else weight_gradient
-            of_weight, of_bias = gradient(x, grad)
+            by = winograd if ctx.fewer_products else conv_weights
+            of_weight, of_bias = by.weight_gradient(x, grad)
             # In the layout of the weight, on which torch's fused Adam relies.
             if of_weight.dtype != weight.dtype or of_weight.stride() != weight.stride():
                 of_weight = torch.empty_like(weight).copy_(of_weight)

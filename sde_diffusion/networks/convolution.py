@@ -27,8 +27,8 @@ _MIN_CHANNELS = 32
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution of stride 1 that keeps height and width: ``nn.Conv2d(in, out, 3, padding=1)``.
 
-    In training mode it is :func:`trained_conv3x3`; else torch's, or in bfloat16 where no derivative is wanted
-    :func:`~sde_diffusion.networks.conv_bfloat16.conv3x3`.
+    Where :meth:`is_fast` in bfloat16, it is :func:`~sde_diffusion.networks.conv_bfloat16.conv3x3`; else in training
+    mode :func:`trained_conv3x3`, and torch's in evaluation mode.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -36,17 +36,21 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """input: (B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        if self.is_fast(input):
+            return conv_bfloat16.conv3x3(input, self.weight, self.bias)
         if self.training:
             return trained_conv3x3(input, self.weight, self.bias)
-        if not torch.is_grad_enabled() and conv_bfloat16.fitting(input, self.weight, self.bias):
-            return conv_bfloat16.conv3x3(input, self.weight, self.bias)
         return super().forward(input)
+
+    def is_fast(self, input: Tensor) -> bool:
+        """Whether for this input it is :func:`~sde_diffusion.networks.conv_bfloat16.conv3x3`."""
+        # In evaluation mode derivatives of all kinds may be asked for, which are torch's.
+        allowed = self.training or not torch.is_grad_enabled()
+        return allowed and conv_bfloat16.fitting(input, self.weight, self.bias)
 
 
 def trained_conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (B, C, H, W) convolved with weight (C', C, 3, 3), zeros around it, and bias (C') or None -> (B, C', H, W)."""
-    if conv_bfloat16.fitting(x, weight, bias):
-        return conv_bfloat16.conv3x3(x, weight, bias)
     if _pays(x, weight):
         return _FewerProducts.apply(x, weight, bias)
     return F.conv2d(x, weight, bias, padding=1)
