@@ -18,11 +18,10 @@ static void pack_g(const problem *p, const bf16 *a, const bf16 *b, int64_t chann
    pairs, plus what was there unless these are the first. */
 INLINE void add_rows(const problem *p, int64_t pairs, int64_t m, int64_t n_block, int64_t dy, int first) {
     floats sums[ROWS][3];
-    int64_t count = p->out - m, n = p->in - n_block * LANES;
+    int64_t count = p->out - m;
     float *weights = p->of_weight + (m * TAPS + dy * 3) * p->in + n_block * LANES;
     if (count > ROWS) count = ROWS;
-    if (n > LANES) n = LANES;
-    __mmask16 lanes = (__mmask16)((1u << n) - 1);
+    __mmask16 lanes = lanes_from(n_block * LANES, p->in);
     for (int i = 0; i < ROWS; i++)
         for (int dx = 0; dx < 3; dx++) {
             sums[i][dx] = (floats){0};

@@ -1,4 +1,4 @@
-/* Self-attention in heads of 8 channels (D), bfloat16 in and out, float within (but see narrow_attention_halves.h).
+/* Self-attention in heads of 8 channels (D), bfloat16 in and out, float within (but see narrow_attention_pairs.h).
 
    qkv is (images, tokens, 3, heads, D), the result (images, tokens, heads, D). With q scaled by 1 / sqrt(D), of each query
    P = exp(q k - L) over the keys, where L is the logarithm of the sum of exp(q k), and the result is P v. The weights P

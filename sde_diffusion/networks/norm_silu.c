@@ -27,10 +27,7 @@ INLINE void store(bf16 *x, floats values, int n) {
     rounded = (rounded & ~(words)nan) | (0x7fc0 & (words)nan);
     halves part = __builtin_convertvector(rounded, halves);
 #endif
-    if (n == LANES)
-        memcpy(x, &part, sizeof part);
-    else
-        memcpy(x, &part, n * sizeof(bf16));
+    memcpy(x, &part, n * sizeof(bf16));
 }
 
 INLINE floats load_floats(const float *x, int n) {

@@ -22,6 +22,12 @@ INLINE __m512i four(const bf16 *x) {
     return _mm512_set1_epi64(both);
 }
 
+/* Which of 16 channels from `from` on there are. */
+INLINE __mmask16 lanes_from(int64_t from, int64_t channels) {
+    int64_t rest = channels - from;
+    return rest >= LANES ? 0xffff : rest <= 0 ? 0 : (__mmask16)((1u << rest) - 1);
+}
+
 /* Of 16 numbers those that are there, the others zero. */
 INLINE floats widened(const bf16 *x, __mmask16 there) {
     return (floats)((words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, x)) << 16);

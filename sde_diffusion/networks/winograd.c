@@ -42,7 +42,8 @@ INLINE void apart(__m512i both, floats *even, floats *odd) {
     *odd = (floats)((words)both & 0xffff0000);
 }
 
-/* Points of `count` tiles from `first` on: (16, block, padded); after them, to a multiple of 6, anything may be. */
+/* Points of `count` tiles from `first` on: (16, block, padded). After them, to a multiple of 6, anything
+   may be: each row of a product is by itself. */
 static void take_pixels(const problem *p, int64_t first, int64_t count, bf16 *to) {
     int64_t plane = MOST_TILES * p->padded + APART;
     for (int64_t t = 0; t < count; t++, to += p->padded) {
@@ -192,7 +193,6 @@ int winograd(const bf16 *x, const void *weights, const float *bias, bf16 *result
         FLUSH;
         bf16 *pixels = aligned_alloc(64, POINTS * (MOST_TILES * p.padded + APART) * sizeof(bf16));
         float *products = aligned_alloc(64, POINTS * (MOST_TILES * CHUNK + APART) * sizeof(float));
-        if (pixels) memset(pixels, 0, POINTS * (MOST_TILES * p.padded + APART) * sizeof(bf16));
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < p.vectors * blocks; task++) {
             int64_t m = task / blocks * LANES, c = task % blocks * 2 * LANES;

@@ -122,12 +122,6 @@ INLINE int vectors_from(int64_t from, int64_t channels) {
     return rest >= CHUNK ? VECTORS : (int)((rest + LANES - 1) / LANES);
 }
 
-/* Which of 16 channels from `from` on there are. */
-INLINE __mmask16 lanes_from(int64_t from, int64_t channels) {
-    int64_t rest = channels - from;
-    return rest >= LANES ? 0xffff : rest <= 0 ? 0 : (__mmask16)((1u << rest) - 1);
-}
-
 /* Does something with a number of vectors that is constant. */
 #define FOR_VECTORS(count, WHAT)  \
     do switch (count) {           \

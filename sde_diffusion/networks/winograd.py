@@ -5,7 +5,7 @@ The derivative by the weights is that of ``winograd_weights.c``.
 Such a processor multiplies in bfloat16 twice as fast as in float32, which torch makes full use of; only fewer
 products are faster. Those of Winograd (1980; Lavin & Gray 2016, "Fast Algorithms for Convolutional Neural Networks")
 are 4 a result where there are 9 otherwise. As both factors are sums, of pixels and of weights, rounded to bfloat16,
-values and derivatives by the image are up to 1.9 times as far from exact ones as those of torch in bfloat16. Sums of
+values and derivatives by the image are up to twice as far from exact ones as those of torch in bfloat16. Sums of
 16 pixels must be finite, and what is not finite spreads to the tiles of 2x2 results that see it.
 """
 

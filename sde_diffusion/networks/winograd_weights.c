@@ -137,13 +137,12 @@ static int do_part(const problem *p, int64_t index, int64_t parts, int64_t side)
     if (s.rows <= 0 || s.vectors <= 0) return 0;
     s.padded = (s.rows + LANES - 1) / LANES * LANES;
     s.pixel_plane = p->portion * s.vectors * 2 * LANES + APART;
-    s.grad_plane = p->portion * s.padded * 2 + APART; /* 6 rows at a time may reach beyond the last */
+    s.grad_plane = p->portion * s.padded * 2 + APART; /* 6 rows at a time may reach beyond the last, which is no matter */
     s.pixels = aligned_alloc(64, POINTS * s.pixel_plane * sizeof(bf16));
     s.grads = aligned_alloc(64, POINTS * s.grad_plane * sizeof(bf16));
     float *sums = aligned_alloc(64, s.padded * sizeof(float));
     int failed = !s.pixels || !s.grads || !sums;
     if (!failed) {
-        for (int i = 0; i < POINTS; i++) memset(s.grads + (i + 1) * s.grad_plane - APART, 0, APART * sizeof(bf16));
         FLUSH;
         work(p, &s, sums);
         RESTORE;
