@@ -35,19 +35,19 @@ import copy
 import json
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from bench import Bench, Side
 from reference_ddpmpp import reference_ddpmpp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,17 +82,6 @@ DDPM_CIFAR10: dict[str, Any] = {  # 35.7 million parameters, the architecture of
 }
 REFERENCE_DDPMPP = {"train": 3.9, "infer": 11.0}  # images/s in float32, batch 4, 2 cores: a given figure
 BFLOAT16, CPU = torch.bfloat16, torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Side:
-    """One contestant: its ``train`` and ``infer`` each do one step of ``batch`` images."""
-
-    name: str
-    batch: int
-    train: Callable[[], Any]
-    infer: Callable[[], Any]
-    allocate: Callable[[], Any] = return_freed_memory
 
 
 def inputs(batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,98 +195,6 @@ CPU_SIDES: dict[str, Callable[[], Side]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- measuring
-
-
-class Bench:
-    """Measures and takes notes.
-
-    Args:
-        repeats: of each measurement.
-        warmup: steps before it.
-        settle: steps that do not count before each one that does, where the sides differ in what they do with
-            freed memory.
-        clock: "wall", or "cpu" for the seconds of the processor, on a machine that is not alone.
-    """
-
-    def __init__(self, repeats: int, warmup: int, settle: int, clock: str) -> None:
-        self.repeats, self.warmup, self.settle = repeats, warmup, settle
-        self.now = time.process_time if clock == "cpu" else time.perf_counter
-        self.results: dict[str, Any] = {}
-        self.spreads: list[float] = []
-        self.lines: list[str] = []
-
-    def say(self, *lines: str) -> None:
-        """Prints lines of the report and keeps them."""
-        self.lines += lines
-        print(*lines, sep="\n", flush=True)
-
-    def seconds(self, step: Callable[[], Any]) -> float:
-        """Of one step."""
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.synchronize()
-        start = self.now()
-        step()
-        if cuda:
-            torch.cuda.synchronize()
-        return self.now() - start
-
-    def alternate(
-        self, steps: list[Callable[[], Any]], before: list[Callable[[], Any]] | None = None
-    ) -> list[float]:
-        """Median seconds of each, taken in turns; ``spreads`` then has the quartiles' distance over it.
-
-        Where something comes ``before`` the turns of a step, steps that do not count follow it.
-        """
-        for step in steps:
-            for _ in range(self.warmup):
-                step()
-        times: list[list[float]] = [[] for _ in steps]
-        for _ in range(self.repeats):
-            for i, (taken, step) in enumerate(zip(times, steps, strict=True)):
-                if before is not None:
-                    before[i]()
-                    for _ in range(self.settle):
-                        step()
-                taken.append(self.seconds(step))
-        medians = [statistics.median(taken) for taken in times]
-        self.spreads = []
-        for taken, middle in zip(times, medians, strict=True):
-            low, _, high = statistics.quantiles(taken, n=4) if len(taken) > 1 else (middle,) * 3
-            self.spreads.append((high - low) / middle)
-        return medians
-
-    def compare(self, title: str, sides: list[Side], memory: dict[str, float]) -> dict[str, dict[str, float]]:
-        """A table of the sides: the first is what the others are compared with."""
-        before = [side.allocate for side in sides]
-        train, spread = self.alternate([side.train for side in sides], before), self.spreads
-        infer, infer_spread = self.alternate([side.infer for side in sides], before), self.spreads
-        rows: dict[str, dict[str, float]] = {}
-        self.say("", f"## {title}", "")
-        self.say("| | training, images/s | ratio | inference, images/s | ratio | peak memory, MiB |")
-        self.say("|---|---|---|---|---|---|")
-        for side, t, i, dt, di in zip(sides, train, infer, spread, infer_spread, strict=True):
-            row = {
-                "train_spread": dt,
-                "infer_spread": di,
-                "train_images_per_second": side.batch / t,
-                "train_ratio": train[0] / t * side.batch / sides[0].batch,
-                "infer_images_per_second": side.batch / i,
-                "infer_ratio": infer[0] / i * side.batch / sides[0].batch,
-                "peak_mib": memory.get(side.name, 0.0),
-            }
-            rows[side.name] = row
-            peak = f"{row['peak_mib']:.0f}" if row["peak_mib"] else "not measured"
-            self.say(
-                f"| {side.name} | {row['train_images_per_second']:.1f} ± {100 * dt:.0f}% | "
-                f"{row['train_ratio']:.2f} | {row['infer_images_per_second']:.1f} ± {100 * di:.0f}% | "
-                f"{row['infer_ratio']:.2f} | {peak} |"
-            )
-        self.results[title] = rows
-        return rows
-
-
 def peak_memory(name: str, threads: int) -> float:
     """Of two training steps in a process of their own, in MiB."""
     command = [sys.executable, __file__, "--memory-of", name, "--threads", str(threads)]
@@ -340,10 +237,8 @@ def unet2d(bench: Bench, threads: int) -> None:
 
 def against_reference(bench: Bench, threads: int, folder: Path | None) -> None:
     """DDPM++ against the reference implementation, or without a checkout of it against what it once did."""
-    names, title = (
-        ["DDPM++ ours float32", "DDPM++ ours, auto precision"],
-        "DDPM++ at its CIFAR-10 config, batch 4",
-    )
+    names = ["DDPM++ ours float32", "DDPM++ ours, auto precision"]
+    title = "DDPM++ at its CIFAR-10 config, batch 4"
     if folder is not None:
         steps = reference_ddpmpp(folder, *inputs(4, CPU))
         on_cpu(bench, title, names, threads, [Side("reference float32", 4, *steps)])
