@@ -17,7 +17,7 @@ from sde_diffusion.networks.convolution import Conv3x3
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    HERE = channels_last.available() and conv_weights._library() is not None
+    HERE = channels_last.available() and conv_weights.available()
 pytestmark = pytest.mark.skipif(not HERE, reason="no bfloat16 in this processor, or no compiler for it")
 
 
